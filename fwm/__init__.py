@@ -1,0 +1,1 @@
+"""Fast weight memories in JAX: linear Transformers as fast weight programmers."""

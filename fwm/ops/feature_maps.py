@@ -1,0 +1,69 @@
+"""Feature maps: from head vectors to the features that address a fast weight memory."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+
+from fwm.errors import UserError
+
+
+def elu_plus_one(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """elu(x) + 1: x + 1 above zero, exp(x) below (Katharopoulos et al. 2020)."""
+    # The inner minimum keeps exp finite where it is not chosen, so its gradient is no NaN.
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+
+
+def dpfp(x: Float[Array, "*batch D"], n_roll: int) -> Float[Array, "*batch F"]:
+    """Deterministic parameter-free projection with F = 2 D n_roll features (paper, section 5.3).
+
+    With z = [relu(x), relu(-x)], feature j of part i = 1 ... n_roll is z_j z_(j-i), indices cyclic.
+    The features of one vector can all be zero when n_roll = 1 and D is odd.
+    Raises UserError when n_roll is outside 1 ... 2 D - 1.
+    """
+    width = 2 * x.shape[-1]
+    if not 1 <= n_roll < width:
+        raise UserError(
+            f"dpfp got n_roll={n_roll}; with vectors of size {x.shape[-1]} choose from 1 to "
+            f"{width - 1}."
+        )
+    z = jax.nn.relu(jnp.concatenate([x, -x], axis=-1))
+    return jnp.concatenate([z * jnp.roll(z, i, axis=-1) for i in range(1, n_roll + 1)], axis=-1)
+
+
+def favor(x: Float[Array, "*batch D"], projection: Float[Array, "D M"]) -> Float[Array, "*batch F"]:
+    """FAVOR+ features of the softmax kernel, F = 2 M (Choromanski et al. 2021).
+
+    ([exp(x P - |x|^2 / 2), exp(-x P - |x|^2 / 2)] + 1e-4) / sqrt(2 M), without scaling x first.
+    """
+    projected = jnp.matmul(x, projection.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+    half_square = jnp.sum(x * x, axis=-1, keepdims=True) / 2
+    features = jnp.exp(jnp.concatenate([projected, -projected], axis=-1) - half_square)
+    return (features + 1e-4) * (2 * projection.shape[-1]) ** -0.5
+
+
+def favor_projection(
+    key: PRNGKeyArray | UInt32[Array, "2"], d_head: int, proj_dim: int
+) -> Float[Array, "D M"]:
+    """Draw the random projection [d_head, proj_dim] of `favor`.
+
+    Its rows (one per input dimension) are orthogonal, each with the length of a Gaussian vector
+    of size proj_dim; where proj_dim < d_head, independent orthogonal blocks are stacked.
+    """
+    blocks_key, lengths_key = jax.random.split(key)
+    n_block = -(-d_head // proj_dim)
+    blocks = jax.random.orthogonal(blocks_key, proj_dim, (n_block,), dtype=jnp.float32)
+    rows = blocks.reshape(n_block * proj_dim, proj_dim)[:d_head]
+    gaussian = jax.random.normal(lengths_key, (d_head, proj_dim), dtype=jnp.float32)
+    return rows * jnp.linalg.norm(gaussian, axis=1, keepdims=True)
+
+
+def sum_normalize(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+    """x / sum(x) over the last axis, without eps (paper, section 4.2).
+
+    Where the sum is zero (an all-zero DPFP feature, NaN in the official code), result and gradient
+    are zero: such a token writes nothing.
+    """
+    total = jnp.sum(x, axis=-1, keepdims=True)
+    empty = total == 0
+    # Two wheres: the division must not see the zero either, or its gradient would be NaN.
+    return jnp.where(empty, 0, x / jnp.where(empty, 1, total))

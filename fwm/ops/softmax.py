@@ -1,0 +1,124 @@
+"""Softmax attention: causal, and with the relative positions and the memory of Transformer-XL."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# Queries per block of causal attention: a block reads no key after its last query, and its
+# scores are computed again in the backward pass instead of kept.
+_QUERY_BLOCK = 128
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    *,
+    scale: float,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale q k^T) v, a token seeing itself and all before it; softmax in float32.
+
+    The T queries are those of the last T of the S tokens.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        scale: factor of the scores, 1 / sqrt(H) in the paper.
+        dropout: applied to the probabilities [B, N, T, S], which are then made in one piece.
+    """
+    length, n_before = q.shape[1], k.shape[1] - q.shape[1]
+    position = jnp.arange(k.shape[1])
+
+    def block(q, k, v, start):
+        scores = _scores(q, k) * scale
+        n_query, n_key = scores.shape[-2:]
+        first = n_before + start
+        seen = position[None, :n_key] <= position[first : first + n_query, None]
+        return _read(scores, seen[None, None], v, dropout)
+
+    if dropout is not None:
+        return block(q, k, v, 0)
+    blocks = []
+    for start in range(0, length, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, length)
+        part = jax.checkpoint(partial(block, start=start))
+        end = n_before + stop
+        blocks.append(part(q[:, start:stop], k[:, :end], v[:, :end]))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def relative_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    r: Float[Array, "S N H"],
+    r_w_bias: Float[Array, "N H"],
+    r_r_bias: Float[Array, "N H"],
+    *,
+    length: Int[Array, " B"],
+    mem_len: int,
+    same_length: bool = False,
+    scale: float,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Transformer-XL's attention: softmax(scale ((q + r_w) k + (q + r_r) r[distance])) v.
+
+    Args:
+        q: queries of the current segment.
+        k: keys of the S - T slots of memory, then of the current segment.
+        v: values, as k.
+        r: position keys; r[j] belongs to the distance S - 1 - j.
+        r_w_bias: content bias.
+        r_r_bias: position bias.
+        length: how many memory slots of each row are filled: the last ones.
+        mem_len: the memory length that `same_length` refers to.
+        same_length: let a query see the last mem_len positions only, its own included.
+        scale: factor of the scores, 1 / sqrt(H) in the paper.
+        dropout: applied to the probabilities [B, N, T, S].
+    """
+    n_query, n_slot = q.shape[1], k.shape[1]
+    n_memory = n_slot - n_query
+    content = _scores(q + r_w_bias[None, None], k)
+    position = jnp.einsum(
+        "btnh,snh->bnts", q + r_r_bias[None, None], r, preferred_element_type=_accumulator(q)
+    )
+    scores = (content + _relative_shift(position)) * scale
+
+    query = n_memory + jnp.arange(n_query)[:, None]
+    slot = jnp.arange(n_slot)[None, :]
+    seen = slot <= query
+    if same_length:
+        seen &= slot > query - mem_len
+    filled = jnp.arange(n_slot)[None, :] >= n_memory - length[:, None]
+    return _read(scores, seen[None, None] & filled[:, None, None, :], v, dropout)
+
+
+def _accumulator(x):
+    return np.promote_types(np.float32, x.dtype)
+
+
+def _scores(q, k):
+    return jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=_accumulator(q))
+
+
+def _read(scores, seen, v, dropout):
+    # The smallest finite number instead of -inf: no NaN in gradients; exp makes both exactly 0.
+    scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    if dropout is not None:
+        probabilities = dropout(probabilities)
+    return jnp.einsum("bnts,bsnh->btnh", probabilities.astype(v.dtype), v)
+
+
+def _relative_shift(x):
+    """Row t, column s of the result is x[t, s + T - 1 - t]: one pad and one reshape, no gather."""
+    n_batch, n_head, n_query, n_slot = x.shape
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    x = x.reshape(n_batch, n_head, n_slot + 1, n_query)[:, :, 1:]
+    return x.reshape(n_batch, n_head, n_query, n_slot)

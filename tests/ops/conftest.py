@@ -1,0 +1,71 @@
+"""What the tests of the ops share: inputs of several kinds, gradients, a relative error."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+def make_inputs(keys, n_batch=2, length=20, n_head=2, n_key=8, n_value=6):
+    """q, k, v, beta, weights in float64; `keys` names a kind of keys and write strengths."""
+    rng = np.random.default_rng(length)
+    shape = (n_batch, length, n_head)
+    q, k = rng.exponential(size=(2, *shape, n_key))
+    q /= q.sum(-1, keepdims=True)
+    beta = 1 / (1 + np.exp(-rng.normal(size=shape)))
+    if keys == "simplex":
+        k /= k.sum(-1, keepdims=True)
+    elif keys == "nearly_equal":  # one unit vector, overwritten at nearly full strength
+        k = k[:, :1] + 1e-2 * k
+        k /= np.linalg.norm(k, axis=-1, keepdims=True)
+        beta = 1 - 1e-3 * beta
+    elif keys == "rescaled":  # as output_and_key makes them: strengths grow with t, far above 1
+        k /= k.sum(-1, keepdims=True)
+        d = ((np.cumsum(k, 1) - k) * k).sum(-1)
+        d[:, 0] = 1
+        beta, k = beta * d, k / (d + 1e-5)[..., None]
+    v = rng.normal(size=(*shape, n_value))
+    weights = rng.normal(size=(n_batch, n_head, n_key, n_value))
+    return q, k, v, beta, weights
+
+
+@partial(jax.jit, static_argnums=0)
+def _values_and_gradients(rule, inputs, cotangents):
+    values, pull = jax.vjp(rule, *inputs)
+    return [*values, *pull(cotangents)]
+
+
+def results(rule, inputs, dout=None, dweights=None, dtype=np.float32):
+    """[out, final state, the gradient to each input] of a rule, all as float64 numpy."""
+    rng = np.random.default_rng(7)
+    inputs = [jnp.asarray(x, dtype) for x in inputs]
+    out, weights = jax.eval_shape(rule, *inputs)
+    dout = rng.normal(size=out.shape) if dout is None else dout
+    dweights = rng.normal(size=weights.shape) if dweights is None else dweights
+    cotangents = jnp.asarray(dout, out.dtype), jnp.asarray(dweights, weights.dtype)
+    return [np.asarray(x, np.float64) for x in _values_and_gradients(rule, inputs, cotangents)]
+
+
+def exact(rule, inputs, **cotangents):
+    """The same in float64."""
+    with jax.enable_x64(True):
+        return results(rule, inputs, dtype=np.float64, **cotangents)
+
+
+def float32(arrays):
+    """The same tree of arrays as float32 jax arrays."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+
+
+def relative_error(actual, expected):
+    """The largest difference over the largest value."""
+    return np.max(np.abs(np.asarray(actual, np.float64) - expected)) / np.max(np.abs(expected))
+
+
+@pytest.fixture
+def golden(request):
+    """The arrays of one golden file, the test's indirect parameter."""
+    with np.load(request.param) as arrays:
+        return dict(arrays)
