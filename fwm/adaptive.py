@@ -1,0 +1,424 @@
+"""Adaptive embedding and softmax (Grave et al. 2017; Baevski and Auli 2019; Dai et al. 2019).
+
+The vocabulary, sorted by falling frequency, is cut into a head and tail clusters 1, 2, ...:
+
+    log p(w) = log_softmax([head words, clusters])[w]                               w in the head
+    log p(w) = log_softmax([head words, clusters])[-i] + log_softmax(cluster i)[w]  w in cluster i
+
+The first cluster takes the last of the head's cluster columns, as in the official code.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fwm.errors import UserError
+
+# Logits exist in blocks of tokens by words only, small enough for the cache. Tokens are taken in
+# the first of these sizes while they last, the rest in the next: a tail has few tokens, and
+# padding costs. Found by measurement (benchmarks/adaptive.py).
+_TOKENS = {"head": (512, 64), "tail": (128, 32, 8)}
+_WORDS = {"head": 1024, "tail": 2048}
+
+
+class Cluster(NamedTuple):
+    """Words `start : start + size` of a table, scored against one of the hidden states."""
+
+    table: int
+    hidden: int
+    start: int
+    size: int
+
+
+class _Sorted(NamedTuple):
+    """Tokens by cluster, so that those of each are neighbours; padded at the end."""
+
+    total: int
+    which: Array  # cluster of each token
+    word: Array  # target within its cluster
+    starts: list  # of each cluster the first token; the head takes all tokens
+    counts: list
+    sort: Callable[[Array], Array]
+    unsort: Callable[[Array], Array]
+
+
+def _by_cluster(clusters: Sequence[Cluster], targets: Array) -> _Sorted:
+    ends = jnp.cumsum(jnp.array([c.size for c in clusters], targets.dtype))
+    which = jnp.searchsorted(ends, targets, side="right", method="compare_all")
+    order = jnp.argsort(which, stable=True)
+    inverse = jnp.argsort(order)
+    count = [jnp.sum(which == i) for i in range(len(clusters))]
+    first = jnp.cumsum(jnp.array(count))
+    word = targets - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[which]
+    pad = max(sizes[-1] for sizes in _TOKENS.values())  # no block may reach beyond the end
+
+    def sort(x):
+        return jnp.pad(x[order], ((0, pad),) + ((0, 0),) * (x.ndim - 1))
+
+    total = targets.size
+    starts, counts = [0, *first[:-1]], [total, *count[1:]]
+    return _Sorted(total, sort(which), sort(word), starts, counts, sort, lambda x: x[inverse])
+
+
+def _kind(i: int) -> str:
+    return "tail" if i else "head"
+
+
+def _over_tokens(by: _Sorted, i: int, body: Callable, carry: Any) -> Any:
+    """body(begin, size, carry) over blocks that cover the tokens of cluster i, and only those."""
+    first, count, sizes = by.starts[i], by.counts[i], _TOKENS[_kind(i)]
+    for size in [s for s in sizes[:-1] if s <= by.total] + [sizes[-1]]:
+        blocks = count // size if size != sizes[-1] else (count + size - 1) // size
+        carry = lax.fori_loop(
+            0, blocks, lambda k, c, first=first, size=size: body(first + k * size, size, c), carry
+        )
+        first, count = first + blocks * size, count - blocks * size
+    return carry
+
+
+def _over_words(by: _Sorted, i: int, cluster: Cluster, body: Callable, carry: Any) -> Any:
+    """body(row, new, carry) over blocks of the table's rows, if the cluster has any tokens.
+
+    The last block is moved back to end with the cluster; `new` excludes rows already seen.
+    """
+    blocks = -(-cluster.size // _WORDS[_kind(i)])
+    size = -(-cluster.size // blocks)
+
+    def step(j, carry):
+        begin = jnp.minimum(j * size, cluster.size - size)
+        return body(cluster.start + begin, begin + jnp.arange(size) >= j * size, carry)
+
+    return lax.fori_loop(0, jnp.where(by.counts[i] > 0, blocks, 0), step, carry)
+
+
+def _rows(x: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _put(x: Array, rows: Array, start: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+
+def _dot(subscripts: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _logits(h: Array, w: Array, b: Array) -> Array:
+    return _dot("td,vd->tv", h, w.astype(h.dtype)) + b[None, :]
+
+
+def _add_lse(by: _Sorted, i: int, cluster: Cluster, h, table, bias, lse: Array) -> Array:
+    """lse <- log(exp(lse) + sum over the cluster's words of exp(logit)), for cluster i's tokens."""
+
+    def words(row, new, lse):
+        w, b = _rows(table, row, new.size), _rows(bias, row, new.size)
+
+        def tokens(begin, size, lse):
+            logits = jnp.where(new[None, :], _logits(_rows(h, begin, size), w, b), -jnp.inf)
+            old = _rows(lse, begin, size)
+            lse_b = jnp.logaddexp(old, jax.nn.logsumexp(logits, axis=1))
+            if i:  # the last block may reach into the next cluster
+                lse_b = jnp.where(_rows(by.which, begin, size) == i, lse_b, old)
+            return _put(lse, lse_b, begin)
+
+        return _over_tokens(by, i, tokens, lse)
+
+    return _over_words(by, i, cluster, words, lse)
+
+
+def _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
+    """nll [N], and the log-sum-exp of the head and of each token's own tail cluster, sorted."""
+    by = _by_cluster(clusters, targets)
+    hs = [by.sort(h) for h in hiddens]
+    columns = _logits(hs[0], cluster_weight, cluster_bias)
+    empty = jnp.full(by.which.shape, -jnp.inf)
+    head, tail = reduce(jnp.logaddexp, columns.T, empty), empty
+    chosen = jnp.zeros(by.which.shape)
+    for i, c in enumerate(clusters):
+        h, table, bias, mine = hs[c.hidden], tables[c.table], biases[c.table], by.which == i
+        row = c.start + jnp.where(mine, by.word, 0)
+        logit = _dot("td,td->t", h, table[row].astype(h.dtype)) + bias[row]
+        chosen = jnp.where(mine, logit + columns[:, -i] if i else logit, chosen)
+        if i:
+            tail = _add_lse(by, i, c, h, table, bias, tail)
+        else:
+            head = _add_lse(by, i, c, h, table, bias, head)
+    nll = head + jnp.where(by.which > 0, tail, 0) - chosen
+    return by.unsort(nll), (head, tail)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nll(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
+    return _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets)[0]
+
+
+def _nll_fwd(clusters, *arguments):
+    nll, lse = _forward(clusters, *arguments)
+    return nll, (arguments, lse)
+
+
+def _add_gradients(by: _Sorted, i: int, cluster: Cluster, h, table, bias, g, lse, gradients):
+    """Add cluster i's part to the gradients of its hidden states, table and bias, in place.
+
+    d logit = g (softmax - onehot), with the logits of each block computed again.
+    """
+    mine = by.which == i
+    word = jnp.where(mine, by.word, -1)
+    if i:  # tokens of others in the last block: softmax and gradient 0
+        g, lse = jnp.where(mine, g, 0), jnp.where(mine, lse, jnp.inf)
+
+    def words(row, new, carry):
+        d_h, d_table, d_bias = carry
+        w, b = _rows(table, row, new.size).astype(h.dtype), _rows(bias, row, new.size)
+        index = row - cluster.start + jnp.arange(new.size)
+
+        def tokens(begin, size, carry):
+            d_h, d_w, d_b = carry
+            h_b = _rows(h, begin, size)
+            p = jnp.exp(_logits(h_b, w, b) - _rows(lse, begin, size)[:, None])
+            hit = _rows(word, begin, size)[:, None] == index[None, :]
+            d = _rows(g, begin, size)[:, None] * (p - hit.astype(p.dtype))
+            d = jnp.where(new[None, :], d, 0)
+            d_b = d_b + d.sum(0)
+            d = d.astype(h.dtype)
+            d_w = d_w + _dot("tv,td->vd", d, h_b)
+            d_h = _put(d_h, _rows(d_h, begin, size) + _dot("tv,vd->td", d, w), begin)
+            return d_h, d_w, d_b
+
+        block = d_h, _rows(d_table, row, new.size), _rows(d_bias, row, new.size)
+        d_h, d_w, d_b = _over_tokens(by, i, tokens, block)
+        return d_h, _put(d_table, d_w, row), _put(d_bias, d_b, row)
+
+    return _over_words(by, i, cluster, words, gradients)
+
+
+def _nll_bwd(clusters, saved, g):
+    (hiddens, tables, biases, cluster_weight, cluster_bias, targets), (head, tail) = saved
+    by = _by_cluster(clusters, targets)
+    g, hs = by.sort(g), [by.sort(h) for h in hiddens]
+    d_hs = [jnp.zeros(h.shape, jnp.float32) for h in hs]
+    d_tables = [jnp.zeros_like(t) for t in tables]
+    d_biases = [jnp.zeros_like(b) for b in biases]
+
+    n_tail = len(clusters) - 1
+    p = jnp.exp(_logits(hs[0], cluster_weight, cluster_bias) - head[:, None])
+    hit = by.which[:, None] == n_tail - jnp.arange(n_tail)[None, :]
+    d = g[:, None] * (p - hit.astype(p.dtype))
+    d_cluster_bias = d.sum(0)
+    d = d.astype(hs[0].dtype)
+    d_cluster_weight = _dot("tc,td->cd", d, hs[0])
+    d_hs[0] = _dot("tc,cd->td", d, cluster_weight.astype(d.dtype))
+
+    for i, c in enumerate(clusters):
+        gradients = d_hs[c.hidden], d_tables[c.table], d_biases[c.table]
+        d_hs[c.hidden], d_tables[c.table], d_biases[c.table] = _add_gradients(
+            by,
+            i,
+            c,
+            hs[c.hidden],
+            tables[c.table],
+            biases[c.table],
+            g,
+            tail if i else head,
+            gradients,
+        )
+    d_hiddens = tuple(by.unsort(d).astype(h.dtype) for d, h in zip(d_hs, hiddens, strict=True))
+    return d_hiddens, tuple(d_tables), tuple(d_biases), d_cluster_weight, d_cluster_bias, None
+
+
+_nll.defvjp(_nll_fwd, _nll_bwd)
+
+
+@jax.custom_vjp
+def _take(table: Array, index: Array) -> tuple[Array, Array]:
+    """table[index], and the table itself for its next user.
+
+    The next user's gradient comes back first and the rows are added into it in place; two separate
+    gradients of a large table would each be a buffer full of zeros.
+    """
+    return table[index], table
+
+
+def _take_bwd(index, gradients):
+    d_rows, d_table = gradients
+    return d_table.at[index].add(d_rows), None
+
+
+_take.defvjp(lambda table, index: (_take(table, index), index), _take_bwd)
+
+
+def _bounds(n_token: int, cutoffs: Sequence[int]) -> tuple[int, ...]:
+    bounds = (0, *cutoffs, n_token)
+    if any(low >= high for low, high in pairwise(bounds)):
+        raise UserError(
+            f"cutoffs {tuple(cutoffs)} do not fit a vocabulary of {n_token} words: they must "
+            f"ascend from above 0 to below {n_token}; leave them empty for a plain softmax."
+        )
+    return bounds
+
+
+class _Tables(nn.Module):
+    """What the embedding and the softmax have in common: the shapes of the tables."""
+
+    n_token: int
+    d_embed: int
+    d_model: int
+    cutoffs: tuple[int, ...] = ()
+    div_val: int = 1
+
+    @property
+    def _projected(self) -> bool:
+        return self.div_val > 1 or self.d_embed != self.d_model
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        bounds = _bounds(self.n_token, self.cutoffs)
+        if self.div_val == 1:
+            return [(self.n_token, self.d_embed)]
+        sizes = [high - low for low, high in pairwise(bounds)]
+        return [(size, self.d_embed // self.div_val**i) for i, size in enumerate(sizes)]
+
+    def _new_tables(self) -> tuple[Array, ...]:
+        init = nn.initializers.normal(0.02)
+        return tuple(self.param(f"table_{i}", init, s) for i, s in enumerate(self._shapes()))
+
+
+class AdaptiveEmbedding(_Tables):
+    """Rows of a table, projected to d_model where widths differ; always for div_val > 1.
+
+    With div_val 1 there is one table [n_token, d_embed]; otherwise cluster i has its own,
+    [size_i, d_embed // div_val**i]. The attributes `tables` and `projs` are what a tied
+    `AdaptiveSoftmax` takes. Raises `UserError` if the cutoffs do not ascend within the vocabulary.
+    """
+
+    def setup(self):
+        """Make the parameters table_i and proj_i."""
+        init = nn.initializers.normal(0.01)
+        self.tables = self._new_tables()
+        widths = [width for _, width in self._shapes()] if self._projected else []
+        self.projs = tuple(
+            self.param(f"proj_{i}", init, (width, self.d_model)) for i, width in enumerate(widths)
+        )
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embed, not yet multiplied by sqrt(d_model)."""
+        return self.with_tables(tokens)[0]
+
+    def with_tables(
+        self, tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
+        """The embedding, and `tables` for a tied softmax.
+
+        The same values as `tables`, but the gradients of both uses go into one buffer.
+        """
+        if self.div_val == 1:
+            x, table = _take(self.tables[0], tokens)
+            return x @ self.projs[0] if self.projs else x, (table,)
+        bounds = _bounds(self.n_token, self.cutoffs)
+        x, tables = jnp.zeros((*tokens.shape, self.d_model)), []
+        for i, (low, high) in enumerate(pairwise(bounds)):
+            mine = (tokens >= low) & (tokens < high)
+            rows, table = _take(self.tables[i], jnp.where(mine, tokens - low, 0))
+            x = jnp.where(mine[..., None], rows @ self.projs[i], x)
+            tables.append(table)
+        return x, tuple(tables)
+
+
+class AdaptiveSoftmax(_Tables):
+    """Negative log-likelihood of targets, exact, at a cost in proportion to each cluster's tokens.
+
+    The embedding's tables are used if `tie_weight`, its projection (transposed) for cluster i if
+    `tie_projs[i]`; others are own parameters. Biases are always own ones. Computes in the dtype of
+    `hidden`; logits, sums and gradients of parameters are float32. Raises `UserError` if the
+    cutoffs do not ascend within the vocabulary, or `tie_projs` has not one entry per cluster.
+    """
+
+    tie_weight: bool = True
+    tie_projs: tuple[bool, ...] = (False,)
+
+    def setup(self):
+        """Make the parameters bias_i, cluster_weight, cluster_bias, and table_i, proj_i if own."""
+        n_cluster = len(self.cutoffs) + 1
+        if len(self.tie_projs) != n_cluster:
+            raise UserError(
+                f"tie_projs has {len(self.tie_projs)} entries for {n_cluster} clusters: give one "
+                "per cluster, as in (False, True, True, True) for three cutoffs."
+            )
+        normal, zeros = nn.initializers.normal, nn.initializers.zeros
+        self.biases = tuple(
+            self.param(f"bias_{i}", zeros, s[:1]) for i, s in enumerate(self._shapes())
+        )
+        if self.cutoffs:
+            shape = (n_cluster - 1, self.d_embed)
+            self.cluster_weight = self.param("cluster_weight", normal(0.02), shape)
+            self.cluster_bias = self.param("cluster_bias", zeros, shape[:1])
+        else:
+            self.cluster_weight, self.cluster_bias = jnp.zeros((0, self.d_embed)), jnp.zeros(0)
+        self.own_tables = () if self.tie_weight else self._new_tables()
+        widths = [self.d_embed // self.div_val**i for i in range(n_cluster)]
+        self.own_projs = tuple(
+            self.param(f"proj_{i}", normal(0.01), (self.d_model, width))
+            if self._projected and not tied
+            else None
+            for i, (width, tied) in enumerate(zip(widths, self.tie_projs, strict=True))
+        )
+
+    def _parts(self, hidden, tables, projs):
+        """Clusters, the hidden states [N, d_i] that differ between them, and tables."""
+        bounds = _bounds(self.n_token, self.cutoffs)
+        clusters: list[Cluster] = []
+        hiddens: list[Array] = []
+        place: dict[tuple, int] = {}
+        for i, (low, high) in enumerate(pairwise(bounds)):
+            table, own = (i if self.div_val > 1 else 0), self.own_projs[i]
+            name = ("own", i) if own is not None else ("tied", table)
+            if name not in place:
+                place[name] = len(hiddens)
+                proj = own if own is not None else projs[table].T if self._projected else None
+                hiddens.append(hidden if proj is None else hidden @ proj.astype(hidden.dtype))
+            start = 0 if self.div_val > 1 else low
+            clusters.append(Cluster(table, place[name], start, high - low))
+        return (
+            tuple(clusters),
+            tuple(hiddens),
+            tuple(tables if self.tie_weight else self.own_tables),
+        )
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        targets: Int[Array, "B T"],
+        tables: Sequence[Array] = (),
+        projs: Sequence[Array] = (),
+    ) -> Float[Array, "B T"]:
+        """-log p(target), float32; `tables` and `projs` are the embedding's."""
+        clusters, hiddens, tables = self._parts(hidden.reshape(-1, hidden.shape[-1]), tables, projs)
+        own = self.biases, self.cluster_weight, self.cluster_bias
+        return _nll(clusters, hiddens, tables, *own, targets.ravel()).reshape(targets.shape)
+
+    def log_probs(
+        self,
+        hidden: Float[Array, "*B D"],
+        tables: Sequence[Array] = (),
+        projs: Sequence[Array] = (),
+    ) -> Float[Array, "*B n_token"]:
+        """log p of every word, float32: for generation, where all of them are wanted."""
+        clusters, hiddens, tables = self._parts(hidden.reshape(-1, hidden.shape[-1]), tables, projs)
+        columns = _logits(hiddens[0], self.cluster_weight, self.cluster_bias)
+        parts = []
+        for i, c in enumerate(clusters):
+            rows = slice(c.start, c.start + c.size)
+            logits = _logits(hiddens[c.hidden], tables[c.table][rows], self.biases[c.table][rows])
+            if i:
+                parts.append(columns[:, -i][:, None] + jax.nn.log_softmax(logits))
+            else:
+                head = jax.nn.log_softmax(jnp.concatenate([logits, columns], axis=1))
+                columns = head[:, c.size :]
+                parts.append(head[:, : c.size])
+        return jnp.concatenate(parts, axis=1).reshape(*hidden.shape[:-1], self.n_token)
