@@ -1,0 +1,305 @@
+"""The parts of a layer, as flax.linen modules: mixers, feed-forward, residual blocks, positions.
+
+Axis letters: B batch, T time, N heads, H head width (d_head), D model width, F feed-forward width.
+
+A mixer maps `x [B, T, D]` and what it carries from the past to `[B, T, D]` and what it carries on.
+A block wraps a mixer and the feed-forward network into post-norm residual branches:
+`h = LN(h + mixer(h)); h = LN(h + ff(h))`, as in the official toolkit.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from fwm import ops
+from fwm.ops import softmax
+
+# The official initialisation (weights_init): matrices N(0, 0.02), norms N(1, 0.02), biases 0.
+matrix_init = nn.initializers.normal(0.02)
+
+
+def norm_init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    """Scale of a layer norm, N(1, 0.02)."""
+    return 1.0 + 0.02 * jax.random.normal(key, shape, dtype)
+
+
+# --- randomness -------------------------------------------------------------------------------
+
+
+class Dropout(NamedTuple):
+    """Source of all dropout masks of one forward pass; None in its place means evaluation.
+
+    Masks are drawn per row of the *global* batch, so they do not depend on how many devices or
+    gradient-accumulation chunks the rows are spread over.
+
+    Fields:
+        key: one key for the whole batch.
+        rows: index of each row in the global batch, [B].
+    """
+
+    key: Key[Array, ""]
+    rows: Int[Array | np.ndarray, " B"]
+
+
+def dropout(x: Array, source: Dropout | None, site: int, rate: float) -> Array:
+    """Zero each element of `x [B, ...]` with probability `rate`, scale the others by 1/(1-rate).
+
+    `site` tells apart the places of one layer. The rate is met to 2^-16: two masks are cut from
+    each 32-bit random word, which halves the cost of the generator; the scale is exact for it.
+    """
+    if source is None or rate == 0.0:
+        return x
+    key = jax.random.fold_in(source.key, site)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, source.rows)
+    keep = round((1.0 - rate) * 2**16)
+    size = x[0].size
+    words = jax.vmap(lambda k: jax.random.bits(k, ((size + 1) // 2,), jnp.uint32))(keys)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(x.shape[0], -1)[:, :size]
+    mask = halves.reshape(x.shape) < keep
+    return jnp.where(mask, x * jnp.asarray(2**16 / keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+# --- positions --------------------------------------------------------------------------------
+
+
+def sinusoid(positions: Float[Array, " T"], d_model: int) -> Float[Array, "T D"]:
+    """`[sin(p f_0), ..., cos(p f_0), ...]` with f_j = 10000^(-2j/D): halves, not interleaved."""
+    frequencies = 1.0 / (10000.0 ** (jnp.arange(0, d_model, 2, dtype=jnp.float32) / d_model))
+    angles = positions[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def countdown(length: int, clamp_len: int) -> Float[Array, " T"]:
+    """Positions `length-1, ..., 1, 0`: the official code counts down; at most clamp_len if > 0."""
+    positions = jnp.arange(length - 1, -1, -1, dtype=jnp.float32)
+    return jnp.minimum(positions, clamp_len) if clamp_len > 0 else positions
+
+
+# --- mixers -----------------------------------------------------------------------------------
+
+
+def _project(features: tuple[int, ...], axis: int | tuple[int, ...], dtype, name: str):
+    """A linear map without bias, from the axes `axis` to `features`."""
+    return nn.DenseGeneral(
+        features, axis=axis, use_bias=False, dtype=dtype, kernel_init=matrix_init, name=name
+    )
+
+
+class FastWeightAttention(nn.Module):
+    """Attention with a fast weight memory (paper sections 3 and 4).
+
+    `q, k, v, beta = split(W x)` per head, `beta = sigmoid(.)`; `q, k` go through the feature map
+    (and are divided by their sum for the delta rule); the update rule writes `v` under `k` and
+    reads with `q`; heads are mixed by a linear map. The output is scaled by 1/sqrt(d_head), as in
+    the official recurrent layers, or, with `scale_output=False`, the scores are (the quadratic
+    layers of the official toolkit, where it cancels except against the eps of the normalisation).
+
+    Call: `x [B, T, D]`, `state` (`FastWeightState` or None for an empty one); `last` n > 0 returns
+    the last n positions only. Returns `[B, T, D]` (or `[B, n, D]`) and the new state.
+    """
+
+    n_head: int
+    d_head: int
+    feature_map: str = "dpfp"
+    update_rule: str = "delta"
+    attn_normalization: str = "none"
+    dpfp_n_roll: int = 2
+    performer_proj_dim: int = 16
+    scale_output: bool = True
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: ops.FastWeightState | None = None,
+        last: int | None = None,
+    ) -> tuple[Float[Array, "B _ D"], ops.FastWeightState]:
+        """See the class."""
+        d = self.d_head
+        delta = self.update_rule == "delta"
+        # One channel more per head for the write strength beta of the delta rule.
+        qkv = _project((self.n_head, 3 * d + delta), -1, self.dtype, "qkv")(x)
+        # The memory sums over many tokens: from here to the read-out in float32 (cast by the op).
+        q, k, v = qkv[..., :d], qkv[..., d : 2 * d], qkv[..., 2 * d : 3 * d]
+        beta = jax.nn.sigmoid(qkv[..., 3 * d].astype(jnp.float32)) if delta else None
+        features = FEATURE_MAPS[self.feature_map](self)
+        q, k = features(q.astype(jnp.float32)), features(k.astype(jnp.float32))
+        if delta:  # keys and queries sum to one (4.2)
+            q, k = ops.sum_normalize(q), ops.sum_normalize(k)
+        scale = d**-0.5
+        if not self.scale_output:
+            q = q * scale
+        out, state = ops.fast_weight_attention(
+            q,
+            k,
+            v,
+            beta,
+            state,
+            update_rule=self.update_rule,
+            attn_normalization=self.attn_normalization,
+        )
+        if last is not None:
+            out = out[:, -last:]
+        if self.scale_output:
+            out = out * jnp.asarray(scale, out.dtype)
+        return _project((x.shape[-1],), (-2, -1), self.dtype, "out")(out), state
+
+    def projection(self) -> Float[Array, "H M"]:
+        """FAVOR+'s random projection: a variable of the collection `favor`, not a parameter.
+
+        Stored with the checkpoint (the official toolkit keeps it outside its state_dict) and
+        redrawn by the training step, one for all heads, queries and keys, as there.
+        """
+        return self.variable(
+            "favor",
+            "projection",
+            lambda: ops.favor_projection(
+                self.make_rng("params"), self.d_head, self.performer_proj_dim
+            ),
+        ).value
+
+
+# From the layer that has the options to the map of [B, T, N, H] to features [B, T, N, K].
+FEATURE_MAPS: dict[str, Callable[[FastWeightAttention], Callable[[Array], Array]]] = {
+    "elu": lambda layer: ops.elu_plus_one,
+    "favor": lambda layer: functools.partial(ops.favor, projection=layer.projection()),
+    "dpfp": lambda layer: functools.partial(ops.dpfp, n_roll=layer.dpfp_n_roll),
+}
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal softmax attention, scores scaled by 1/sqrt(d_head) (the standard Transformer)."""
+
+    n_head: int
+    d_head: int
+    dropatt: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        source: Dropout | None = None,
+        last: int | None = None,
+    ) -> Float[Array, "B _ D"]:
+        """`x [B, T, D]` -> `[B, T, D]`; with `last` n the last n positions only."""
+        d = self.d_head
+        qkv = _project((self.n_head, 3 * d), -1, self.dtype, "qkv")(x)
+        q = qkv[..., :d] if last is None else qkv[:, -last:, :, :d]
+        out = softmax.causal_attention(
+            q,
+            qkv[..., d : 2 * d],
+            qkv[..., 2 * d :],
+            scale=d**-0.5,
+            dropout=_attention_dropout(source, self.dropatt),
+        )
+        return _project((x.shape[-1],), (-2, -1), self.dtype, "out")(out)
+
+
+class RelativeAttention(nn.Module):
+    """Transformer-XL attention over a memory and the segment, with relative positions.
+
+    Scores `((q + u) k + (q + w) r[distance]) / sqrt(d_head)` (Dai et al. 2019); u, w are shared by
+    all layers and given in the call.
+    """
+
+    n_head: int
+    d_head: int
+    mem_len: int
+    clamp_len: int = -1
+    same_length: bool = False
+    dropout: float = 0.0
+    dropatt: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        memory: Float[Array, "B M D"],
+        length: Int[Array, " B"],
+        r_w_bias: Float[Array, "N H"],
+        r_r_bias: Float[Array, "N H"],
+        source: Dropout | None = None,
+        shared: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """`memory`: inputs of this layer at earlier positions, the last `length` rows count.
+
+        `shared` is the key of the dropout on the position table, one for all layers and rows.
+        """
+        d = self.d_head
+        context = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
+        qkv = _project((self.n_head, 3 * d), -1, self.dtype, "qkv")(context)
+        positions = sinusoid(countdown(context.shape[1], self.clamp_len), x.shape[-1])
+        if shared is not None:
+            table = Dropout(shared, jnp.zeros((1,), jnp.int32))
+            positions = dropout(positions[None], table, 0, self.dropout)[0]
+        r = _project((self.n_head, d), -1, self.dtype, "r")(positions.astype(x.dtype))
+        out = softmax.relative_attention(
+            qkv[:, -x.shape[1] :, :, :d],
+            qkv[..., d : 2 * d],
+            qkv[..., 2 * d :],
+            r,
+            r_w_bias.astype(x.dtype),
+            r_r_bias.astype(x.dtype),
+            length=length,
+            mem_len=self.mem_len,
+            same_length=self.same_length,
+            scale=d**-0.5,
+            dropout=_attention_dropout(source, self.dropatt),
+        )
+        return _project((x.shape[-1],), (-2, -1), self.dtype, "out")(out)
+
+
+def _attention_dropout(source: Dropout | None, rate: float) -> Callable[[Array], Array] | None:
+    if source is None or rate == 0.0:
+        return None
+    return lambda probabilities: dropout(probabilities, source, ATTENTION_SITE, rate)
+
+
+# The places of dropout; each draws masks of its own from the same source.
+ATTENTION_SITE, MIXER_SITE, INNER_SITE, OUTER_SITE, EMBEDDING_SITE, HIDDEN_SITE = range(6)
+
+
+# --- feed-forward and residuals ---------------------------------------------------------------
+
+
+class FeedForward(nn.Module):
+    """`W_2 relu(W_1 x + b_1) + b_2`, dropout after each of the two."""
+
+    d_inner: int
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], source: Dropout | None = None
+    ) -> Float[Array, "B T D"]:
+        """`[B, T, D]` -> `[B, T, D]`."""
+        x_BxTxF = nn.Dense(self.d_inner, dtype=self.dtype, kernel_init=matrix_init, name="inner")(x)
+        x_BxTxF = dropout(nn.relu(x_BxTxF), source, INNER_SITE, self.dropout)
+        out = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=matrix_init, name="outer")
+        return dropout(out(x_BxTxF), source, OUTER_SITE, self.dropout)
+
+
+class AddAndNorm(nn.Module):
+    """Post-norm residual `LN(x + branch)`, eps 1e-5; mean and variance in float32."""
+
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], branch: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """`[B, T, D]`, `[B, T, D]` -> `[B, T, D]`."""
+        # Not the fast variance E[x^2] - E[x]^2: it loses digits that the goldens have.
+        return nn.LayerNorm(
+            epsilon=1e-5, dtype=self.dtype, scale_init=norm_init, use_fast_variance=False
+        )(x + branch)
