@@ -1,0 +1,436 @@
+"""Training: a pure step, and the loop around it.
+
+The batch, the dropout masks and the FAVOR+ projections of a step are functions of the seed and
+the step alone, so a run that is resumed from a checkpoint goes on exactly as if never stopped.
+"""
+
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from fwm import data, parallel
+from fwm.checkpoint import Checkpoints, lock_workdir, read_json, write_json
+from fwm.errors import UserError
+from fwm.layers import Dropout
+from fwm.model import LanguageModel, build_config, empty_memory, redraw_projections
+from fwm.optimizer import Schedule, adam, learning_rate
+from fwm.reporting import Reporter, parameter_table
+
+
+class TrainState(NamedTuple):
+    """All that changes during training; a checkpoint holds exactly this.
+
+    Fields:
+        step: updates done, int32.
+        rng: data of the key that every random draw of the run comes from.
+        params: parameters of the model.
+        opt_state: Adam's moments.
+        favor: the last FAVOR+ projections as variables, {} for models without.
+        memory: what the next segment starts from, None unless it is carried over.
+    """
+
+    step: Int[Array, ""]
+    rng: UInt32[Array, " _"]
+    params: Any
+    opt_state: Any
+    favor: Any
+    memory: Any
+
+
+class Batch(NamedTuple):
+    """One step's tokens; `first` rows begin anew, `rows` are their places in the global batch."""
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    targets: Int[Array | np.ndarray, "B T"]
+    first: Bool[Array | np.ndarray, " B"]
+    rows: Int[Array | np.ndarray, " B"]
+
+
+def init_state(
+    model: LanguageModel, optimizer: optax.GradientTransformation, seed: int, memory_rows: int
+) -> TrainState:
+    """The state before the first step; `memory_rows` 0: no memory is carried over."""
+    params_key, rng = jax.random.split(jax.random.key(seed))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    variables = dict(model.init(params_key, tokens, tokens))
+    params = variables.pop("params")
+    memory = empty_memory(model.config, memory_rows) if memory_rows else None
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step, jax.random.key_data(rng), params, optimizer.init(params), variables, memory
+    )
+
+
+def train_step(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    state: TrainState,
+    batch: Batch,
+    *,
+    batch_chunk: int = 1,
+    average: Callable[[Any], Any] = lambda tree: tree,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update on the mean nll of the batch.
+
+    Args:
+        model: the language model.
+        optimizer: its updates.
+        schedule: rate of update t, for the metrics.
+        state: before the step.
+        batch: rows of this device.
+        batch_chunk: equal parts of the rows that are computed one after another, their gradients
+            averaged; the result is the same, the memory smaller.
+        average: over the devices.
+
+    Returns:
+        The state after the step; loss (nats per token), grad_norm before clipping, learning_rate.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    favor_key, dropout_key = jax.random.split(key)
+    favor = redraw_projections(model.config, favor_key)
+
+    def reset(leaf: Array) -> Array:
+        first = batch.first.reshape(-1, *(1,) * (leaf.ndim - 1))
+        return jnp.where(first, jnp.zeros((), leaf.dtype), leaf)
+
+    def loss(params: Any, batch: Batch, memory: Any) -> tuple[Array, Any]:
+        source = Dropout(dropout_key, batch.rows)
+        nll, memory = model.apply(
+            {"params": params, **favor}, batch.tokens, batch.targets, memory, source
+        )
+        return nll.mean(), memory
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def part(total: Any, inputs: tuple[Batch, Any]) -> tuple[Any, Any]:
+        (value, memory), grads = value_and_grad(state.params, *inputs)
+        return jax.tree.map(jnp.add, total, (value, grads)), memory
+
+    memory = jax.tree.map(reset, state.memory)
+    if batch_chunk == 1:
+        (value, new_memory), grads = value_and_grad(state.params, batch, memory)
+    else:
+        cut = lambda x: x.reshape(batch_chunk, -1, *x.shape[1:])
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        sums, parts = jax.lax.scan(part, zeros, jax.tree.map(cut, (batch, memory)))
+        value, grads = jax.tree.map(lambda x: x / batch_chunk, sums)
+        new_memory = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+    value, grads = average((value, grads))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+        "loss": value,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": schedule((state.step + 1).astype(jnp.float32)),
+    }
+    state = TrainState(
+        state.step + 1,
+        state.rng,
+        optax.apply_updates(state.params, updates),
+        opt_state,
+        favor,
+        None if state.memory is None else new_memory,
+    )
+    return state, metrics
+
+
+def valid_step(
+    model: LanguageModel, params: Any, favor: Any, tokens, targets, mask, memory
+) -> tuple[Float[Array, ""], Any]:
+    """Sum of nll where `mask`, over all devices, and the memory for the next segment."""
+    nll, new = model.apply({"params": params, **favor}, tokens, targets, memory)
+    total = parallel.total(jnp.sum(jnp.where(mask, nll, 0.0)))
+    return total, None if memory is None else new
+
+
+def validate(
+    step: Callable, state: TrainState, stream: np.ndarray, rows: int, tgt_len: int, memory: Any
+) -> float:
+    """Mean nll of consecutive segments in `rows` rows; `memory` is an empty one, or None.
+
+    Quick, and approximate: unlike the sliding window, the first tokens of a segment see less
+    context than a window would show them, and rows begin in the middle of the text.
+    """
+    memory = parallel.split(memory)
+    total, count = 0.0, 0
+    for tokens, targets, mask in data.eval_segments(stream, rows, tgt_len):
+        batch = parallel.split((tokens, targets, mask))
+        nll, memory = step(state.params, state.favor, *batch, memory)
+        total += float(parallel.first(nll))
+        count += int(mask.sum())
+    return total / count
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+# What may differ when a run is resumed: it changes where things are or what is reported, not what
+# is computed.
+FREE_FIELDS = ("data.dir", "data.cache_dir", "data.download", "report.", "eval.")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys; lists as tuples, as JSON does not know the latter."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def claim_workdir(workdir: Path, config: Any, vocab: data.Vocabulary) -> None:
+    """Write config.json and vocab.txt into a new workdir; in an old one, refuse a different run.
+
+    Raises:
+        UserError: the workdir holds a run with other settings (each is listed) or another text.
+    """
+    path = workdir / "config.json"
+    new = config.copy_and_resolve_references().to_dict()
+    if path.exists():
+        then, now = flatten(read_json(path)), flatten(new)
+        differing = [
+            f"{key} was {then.get(key)!r} and is now {now.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
+        ]
+        if differing:
+            raise UserError(
+                f"{workdir} holds a run with other settings: {'; '.join(differing)}; "
+                "use the same settings to resume it, or another --workdir."
+            )
+        if (workdir / "vocab.txt").exists():
+            old = data.Vocabulary.load(workdir / "vocab.txt")
+            if old.symbols != vocab.symbols:
+                raise UserError(
+                    f"{workdir} holds a run on another text: its vocabulary has {len(old)} "
+                    f"entries, this one {len(vocab)}; give the same text or another --workdir."
+                )
+    vocab.save(workdir / "vocab.txt")
+    write_json(path, new)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM or Ctrl-C is put on, for the loop to look at; twice stops at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    # Signals reach only the main thread; a run in another one (a notebook's) has none.
+    main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+    old = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield seen
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run(config: Any, workdir: Path) -> int:
+    """Train as `config` says into `workdir`, or go on where its last checkpoint is.
+
+    Returns:
+        The exit status: 0, or 143 after SIGTERM.
+
+    Raises:
+        UserError: settings that do not fit each other, the devices, the text or the workdir, and
+            training that has diverged.
+    """
+    c, t = config, config.train
+    n_device = len(jax.local_devices())
+    for name in ("batch_size", "eval_batch_size"):
+        parallel.check_divides(t[name], f"config.train.{name}", n_device)
+    if t.batch_chunk < 1 or t.batch_size // n_device % t.batch_chunk:
+        raise UserError(
+            f"config.train.batch_chunk={t.batch_chunk} does not divide the "
+            f"{t.batch_size // n_device} rows of a device: use one of their divisors."
+        )
+    for name in ("tgt_len", "max_step", "eval_interval", "log_interval"):
+        if t[name] < 1:
+            raise UserError(f"config.train.{name} must be at least 1, got {t[name]}.")
+    if t.carry_over_fast_weight and c.model.mixer != "fast_weight":
+        raise UserError(f"carry_over_fast_weight has no meaning for {c.model.mixer}.")
+    schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
+
+    corpus = data.load(
+        c.data.name,
+        dir=c.data.dir,
+        cache_dir=c.data.cache_dir,
+        splits=("train", "valid"),
+        download=c.data.download,
+    )
+    # Both refuse what does not fit, before anything is written.
+    corpus.train_batch(0, t.batch_size, t.tgt_len, c.seed)
+    model = LanguageModel(build_config(c.model.to_dict(), len(corpus.vocab)))
+    optimizer = adam(schedule, t.clip)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with lock_workdir(workdir):
+        claim_workdir(workdir, c, corpus.vocab)
+        return _run(config, workdir, corpus, model, optimizer, schedule)
+
+
+def _run(config, workdir, corpus, model, optimizer, schedule) -> int:
+    c, t = config, config.train
+    carry = t.carry_over_fast_weight or c.model.mem_len > 0
+    init = functools.partial(init_state, model, optimizer, c.seed, t.batch_size if carry else 0)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    if checkpoints.latest_step() is None:
+        step, state = 0, jax.jit(init)()
+    else:
+        step, state = checkpoints.restore(jax.eval_shape(init)._asdict())
+        state = TrainState(**state)
+        print(f"Resuming {workdir} at step {step}.")
+
+    reporter = Reporter(
+        workdir,
+        config=c.to_dict(),
+        total_steps=t.max_step,
+        start_step=step,
+        use_wandb=c.report.use_wandb,
+        project_name=c.report.project_name,
+        job_name=c.report.job_name,
+    )
+    with checkpoints, reporter, stop_signals() as stop:
+        checkpoints.report = reporter.message
+        for warning in corpus.warnings:
+            reporter.message(f"Warning: {warning}")
+        if step == 0:
+            reporter.message(parameter_table(state.params))
+        reporter.message(_summary(c, corpus, model))
+        state = _to_devices(state)
+        state = _loop(
+            c, corpus, model, optimizer, schedule, state, step, checkpoints, reporter, stop
+        )
+        checkpoints.wait()
+        reporter.message(_farewell(workdir, checkpoints, t.max_step))
+    return 143 if signal.SIGTERM in stop else 0
+
+
+def _loop(c, corpus, model, optimizer, schedule, state, step, checkpoints, reporter, stop):
+    t = c.train
+    bound = functools.partial(train_step, model, optimizer, schedule)
+    bound = functools.partial(bound, batch_chunk=t.batch_chunk, average=parallel.mean)
+    update = parallel.pmap(bound, donate_argnums=(0,))
+    judge = parallel.pmap(functools.partial(valid_step, model))
+    empty = None
+    if state.memory is not None:
+        empty = jax.device_get(empty_memory(model.config, t.eval_batch_size))
+    log = _Log(t, reporter, step)
+    pending = None
+    while step < t.max_step and not stop:
+        tokens, targets, first = corpus.train_batch(step, t.batch_size, t.tgt_len, c.seed)
+        rows = np.arange(t.batch_size, dtype=np.int32)
+        batch = Batch(tokens, targets, np.full(t.batch_size, first), rows)
+        state, metrics = update(state, parallel.split(batch))
+        # A step late, so that the device never waits for the host.
+        log.add(pending)
+        step += 1
+        pending = step, metrics
+        if step % t.eval_interval == 0 or step == t.max_step:
+            log.add(pending)
+            pending = None
+            started = time.monotonic()
+            stream, rows = corpus.streams["valid"], t.eval_batch_size
+            valid_loss = validate(judge, state, stream, rows, t.tgt_len, empty)
+            reporter.valid(step, {"loss": valid_loss}, time.monotonic() - started)
+            checkpoints.save(step, _to_host(state), valid_loss=valid_loss)
+            log.restart()
+    log.add(pending)
+    if stop:
+        checkpoints.save(step, _to_host(state), valid_loss=None)
+    return state
+
+
+class _Log:
+    """Averages the loss between two lines of the log and measures the speed of training alone."""
+
+    def __init__(self, t: Any, reporter: Reporter, step: int):
+        self.t, self.reporter, self.step = t, reporter, step
+        self.losses: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock anew: what came before was not training."""
+        self.started, self.timed = time.monotonic(), 0
+
+    def add(self, pending: tuple[int, dict] | None) -> None:
+        """Fetch the metrics of a step, refuse what is not finite, report every log_interval."""
+        if pending is None:
+            return
+        self.step, metrics = pending
+        loss, norm, rate = (
+            float(parallel.first(metrics[name])) for name in ("loss", "grad_norm", "learning_rate")
+        )
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"training diverged at step {self.step}: loss {loss}, gradient norm {norm}, "
+                f"learning rate {rate:.3g}; the checkpoints before it are kept: "
+                "try a smaller config.train.lr or a longer config.train.warmup_step."
+            )
+        self.losses.append(loss)
+        self.timed += 1
+        if self.timed == 1 and self.step <= 2:
+            self.restart()  # the first step compiles
+            self.timed = 0
+        if self.step % self.t.log_interval and self.step != self.t.max_step:
+            return
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        speed = self.timed / seconds
+        self.reporter.train(
+            self.step,
+            {"loss": sum(self.losses) / len(self.losses), "grad_norm": norm, "learning_rate": rate},
+            tokens_per_second=speed * self.t.batch_size * self.t.tgt_len,
+            seconds_left=(self.t.max_step - self.step) / speed if speed else None,
+        )
+        self.losses = []
+        self.restart()
+
+
+def _to_devices(state: TrainState) -> TrainState:
+    memory = parallel.split(state.memory)
+    return TrainState(*parallel.replicate(state._replace(memory=None)))._replace(memory=memory)
+
+
+def _to_host(state: TrainState) -> dict[str, Any]:
+    memory = parallel.merge(state.memory)
+    return parallel.first(state._replace(memory=None))._replace(memory=memory)._asdict()
+
+
+def _summary(c: Any, corpus: data.Corpus, model: LanguageModel) -> str:
+    tokens = c.train.batch_size * c.train.tgt_len
+    device = jax.local_devices()[0]
+    return (
+        f"{corpus.name}: {len(corpus.streams['train']):,} training tokens, "
+        f"{len(corpus.streams['valid']):,} validation tokens, {len(corpus.vocab):,} words; "
+        f"{len(jax.local_devices())} x {device.device_kind}; {tokens:,} tokens a step, "
+        f"{c.train.max_step:,} steps."
+    )
+
+
+def _farewell(workdir: Path, checkpoints: Checkpoints, max_step: int) -> str:
+    step, best = checkpoints.latest_step(), checkpoints.best_step()
+    if step != max_step or best is None:
+        return f"Stopped. Saved at step {step}: the same command with --workdir={workdir} goes on."
+    loss = checkpoints.valid_loss(best)
+    return (
+        f"Done. Best validation perplexity {math.exp(loss):.2f} (approximate, step {best}); "
+        f"the run lies in {workdir}.\n"
+        f"Exact perplexity: python main.py --mode=valid --workdir={workdir}"
+    )
