@@ -1,0 +1,21 @@
+"""FAVOR+ features, the paper's delta rule, no attention normalisation.
+
+    python main.py --config=configs/performer_delta.py:small --config.data.dir=/data/wikitext-103
+
+Official: `--attn_type 25 --skip_attn_normalization --performer_proj_dim 16`. Paper section 6.3.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(options: str = "") -> ConfigDict:
+    """`options`: a preset (tiny, small, medium), then options; see configs/default.py."""
+    return default.build(
+        options,
+        mixer="fast_weight",
+        feature_map="favor",
+        update_rule="delta",
+        attn_normalization="none",
+    )

@@ -1,0 +1,141 @@
+"""fwm's command line: flags, and dispatch on --mode.
+
+python main.py --config=configs/dpfp_delta.py          train, resume
+python main.py --mode=valid --workdir=runs/a           exact perplexity, validation split
+python main.py --mode=eval  --workdir=runs/a           the same, test split
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import default
+from fwm import evaluate, train
+from fwm.checkpoint import read_json
+from fwm.errors import UserError
+
+MODE = flags.DEFINE_enum("mode", "train", ["train", "valid", "eval"], "What to do.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; by default runs/<job name>.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "A variant: configs/<variant>.py:options.")
+
+# What an evaluation may change; everything else is the run's own.
+FREE_FIELDS = ("data.", "eval.", "report.", "model.dtype")
+
+
+def job_name(config: ConfigDict) -> str:
+    """The hyper-parameters that matter, as the official toolkit names its jobs."""
+    m, t = config.model, config.train
+    parts = [config.data.name.replace(":", "-"), m.mixer]
+    if m.mixer == "fast_weight":
+        parts = [parts[0], m.feature_map, m.update_rule, m.attn_normalization]
+        parts += {"dpfp": [f"nu{m.dpfp_n_roll}"], "favor": [f"m{m.performer_proj_dim}"]}.get(
+            m.feature_map, []
+        )
+    parts += ["nopos"] * m.no_pos + ["carry"] * t.carry_over_fast_weight
+    parts += [f"mem{m.mem_len}"] * bool(m.mem_len)
+    parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]
+    parts += [f"len{t.tgt_len}", f"bs{t.batch_size}", f"lr{t.lr:g}", f"steps{t.max_step}"]
+    parts += [f"drop{m.dropout:g}", f"seed{config.seed}"]
+    return "-".join(parts)
+
+
+def parse(argv: list[str]) -> ConfigDict:
+    """Flags into `FLAGS` and the config; what the user got wrong becomes a `UserError`."""
+    given = any(
+        arg.lstrip("-").startswith("config=") or arg in ("-config", "--config") for arg in argv
+    )
+    if not given:
+        # Fields can be overridden only where there is a config to override them in.
+        argv = [argv[0], f"--config={Path(default.__file__)}", *argv[1:]]
+    sys.argv = argv  # config_flags looks for the overrides there
+    try:
+        flags.FLAGS(argv)
+    except (flags.Error, OSError, LookupError, AttributeError, SyntaxError, TypeError) as error:
+        raise UserError(_sentence(error)) from error
+    if MODE.value == "train" and not given:
+        variants = sorted(p.stem for p in Path(default.__file__).parent.glob("*.py"))
+        raise UserError(
+            "--mode=train needs --config=configs/<variant>.py, the variant one of "
+            f"{', '.join(v for v in variants if v != 'default')}."
+        )
+    return CONFIG.value
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error of the flag parser says, in one line: the innermost UserError if there is."""
+    # The parser repeats a UserError with a traceback as its text; the plain one is the innermost.
+    plain: BaseException | None = None
+    link = error.__cause__ or error.__context__
+    while link is not None:
+        plain = link if isinstance(link, UserError) else plain
+        link = link.__cause__ or link.__context__
+    text = str(plain or error)
+    if isinstance(error, LookupError | AttributeError) and not plain:
+        text = f"unknown config field {text}"
+    return " ".join(text.replace("\\n", " ").split())
+
+
+def config_of_run(workdir: Path, overrides: dict[str, Any]) -> ConfigDict:
+    """The config that a run was trained with, and what the command line changes of it.
+
+    Raises:
+        UserError: no run there, a config of another version, or a change that evaluation cannot
+            make.
+    """
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give the --workdir of a trained one."
+        )
+    for name in overrides:
+        if not name.startswith(FREE_FIELDS):
+            raise UserError(
+                f"--config.{name} belongs to the training of {workdir} and cannot be changed for "
+                f"an evaluation, which may change {', '.join(FREE_FIELDS)}."
+            )
+    config = default.defaults()
+    saved = train.flatten(read_json(workdir / "config.json"))
+    unknown = sorted(set(saved) ^ set(train.flatten(config.to_dict())))
+    if unknown:
+        raise UserError(
+            f"{workdir}/config.json is of another version of fwm: the fields {', '.join(unknown)} "
+            "are not in both; evaluate it with the version that trained it."
+        )
+    config.update_from_flattened_dict(saved)
+    config.update_from_flattened_dict(overrides)
+    return config.lock()
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run one mode; returns the exit status."""
+    config = parse(argv)
+    cache = Path(config.data.cache_dir).expanduser()
+    # Compiled programs are kept, so that a second start takes a fraction of the first.
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    if MODE.value == "train":
+        config.data.cache_dir = str(cache)
+        if not config.report.job_name:
+            config.report.job_name = job_name(config)
+        return train.run(config, Path(WORKDIR.value or Path("runs", config.report.job_name)))
+    if not WORKDIR.value:
+        raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
+    workdir = Path(WORKDIR.value)
+    config = config_of_run(workdir, config_flags.get_override_values(flags.FLAGS["config"]))
+    evaluate.run(config, workdir, "valid" if MODE.value == "valid" else "test")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run; a user's error becomes one sentence and status 2."""
+    try:
+        return dispatch(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
