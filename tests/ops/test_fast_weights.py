@@ -57,26 +57,24 @@ def test_rule_equals_official(golden):
         assert relative_error(actual, wanted) < 1e-12
 
 
-SIZES = [  # length, K, V, chunk sizes
-    (1, 8, 8, (None,)),
-    (7, 5, 3, (None, 4)),
-    (63, 16, 16, (None, 24)),
-    (100, 8, 64, (None, 64)),
-    (257, 32, 16, (None, 64)),
-    (300, 96, 16, (None,)),
+SIZES = [  # length, K, V, chunk size
+    (1, 8, 8, None),
+    (7, 5, 3, 4),
+    (63, 16, 16, 24),
+    (100, 8, 64, None),
+    (257, 96, 16, None),
 ]
 
 
-@pytest.mark.parametrize(("length", "n_key", "n_value", "chunk_sizes"), SIZES)
+@pytest.mark.parametrize(("length", "n_key", "n_value", "chunk_size"), SIZES)
 @pytest.mark.parametrize("keys", ["simplex", "nearly_equal", "rescaled", "unnormalised"])
-def test_fast_equals_definition(length, n_key, n_value, chunk_sizes, keys):
+def test_fast_equals_definition(length, n_key, n_value, chunk_size, keys):
     name = "sum" if keys == "unnormalised" else "delta"
     inputs = for_rule(name, make_inputs(keys, 1, length, 2, n_key, n_value))
     expected = exact(ORACLE[name], inputs)
-    for chunk_size in chunk_sizes:
-        actual = results(fast(name, chunk_size), inputs)
-        errors = [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
-        assert max(errors) < 1e-5, errors
+    actual = results(fast(name, chunk_size), inputs)
+    errors = [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+    assert max(errors) < 1e-5, errors
 
 
 @pytest.mark.parametrize("keys", ["simplex", "nearly_equal", "rescaled"])
