@@ -37,65 +37,102 @@ class Cluster(NamedTuple):
     size: int
 
 
+class _Span(NamedTuple):
+    """Cluster number i: its rows of the table, and where its tokens are among the sorted ones."""
+
+    i: Any
+    start: Any
+    size: Any
+    first: Any
+    count: Any
+
+
 class _Sorted(NamedTuple):
     """Tokens by cluster, so that those of each are neighbours; padded at the end."""
 
-    total: int
     which: Array  # cluster of each token
     word: Array  # target within its cluster
-    starts: list  # of each cluster the first token; the head takes all tokens
-    counts: list
+    spans: Array  # [clusters, 5]
+    total: int
     sort: Callable[[Array], Array]
     unsort: Callable[[Array], Array]
 
 
 def _by_cluster(clusters: Sequence[Cluster], targets: Array) -> _Sorted:
-    ends = jnp.cumsum(jnp.array([c.size for c in clusters], targets.dtype))
+    ends = jnp.cumsum(jnp.array([c.size for c in clusters]))
     which = jnp.searchsorted(ends, targets, side="right", method="compare_all")
+    word = targets - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[which]
     order = jnp.argsort(which, stable=True)
     inverse = jnp.argsort(order)
-    count = [jnp.sum(which == i) for i in range(len(clusters))]
-    first = jnp.cumsum(jnp.array(count))
-    word = targets - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[which]
+    number = jnp.arange(len(clusters))
+    count = jnp.sum(which[None, :] == number[:, None], axis=1)
+    place = jnp.array([(c.start, c.size) for c in clusters]).T
+    spans = jnp.stack([number, *place, jnp.cumsum(count) - count, count], axis=1)
     pad = max(sizes[-1] for sizes in _TOKENS.values())  # no block may reach beyond the end
 
     def sort(x):
         return jnp.pad(x[order], ((0, pad),) + ((0, 0),) * (x.ndim - 1))
 
-    total = targets.size
-    starts, counts = [0, *first[:-1]], [total, *count[1:]]
-    return _Sorted(total, sort(which), sort(word), starts, counts, sort, lambda x: x[inverse])
+    return _Sorted(sort(which), sort(word), spans, targets.size, sort, lambda x: x[inverse])
 
 
-def _kind(i: int) -> str:
-    return "tail" if i else "head"
+class _Group(NamedTuple):
+    """Clusters of one table and one hidden state: one loop, compiled once."""
+
+    kind: str
+    members: tuple[int, ...]
+    table: int
+    hidden: int
+    words: int  # size of a block: no cluster is smaller
+
+    def over_clusters(self, by: _Sorted, body: Callable, carry: Any) -> Any:
+        """body(span, carry) for each cluster; the head takes all tokens."""
+        if self.kind == "head":
+            span = _Span(*by.spans[0])
+            return body(span._replace(first=0, count=by.total), carry)
+        spans = by.spans[jnp.array(self.members)]
+        return lax.fori_loop(0, len(self.members), lambda k, c: body(_Span(*spans[k]), c), carry)
+
+    def over_words(self, span: _Span, body: Callable, carry: Any) -> Any:
+        """body(row, new, carry) over blocks of the table's rows, if the cluster has any tokens.
+
+        The last block is moved back to end with the cluster; `new` excludes rows already seen.
+        """
+
+        def step(j, carry):
+            begin = jnp.minimum(j * self.words, span.size - self.words)
+            new = begin + jnp.arange(self.words) >= j * self.words
+            return body(span.start + begin, new, carry)
+
+        blocks = jnp.where(span.count > 0, (span.size + self.words - 1) // self.words, 0)
+        return lax.fori_loop(0, blocks, step, carry)
+
+    def over_tokens(self, by: _Sorted, span: _Span, body: Callable, carry: Any) -> Any:
+        """body(begin, size, carry) over blocks that cover the tokens of the cluster."""
+        first, count, (*large, smallest) = span.first, span.count, _TOKENS[self.kind]
+        for size in [s for s in large if s <= by.total] + [smallest]:
+            blocks = (count + size - 1) // size if size == smallest else count // size
+            start = first
+            carry = lax.fori_loop(
+                0,
+                blocks,
+                lambda k, c, start=start, size=size: body(start + k * size, size, c),
+                carry,
+            )
+            first, count = first + blocks * size, count - blocks * size
+        return carry
 
 
-def _over_tokens(by: _Sorted, i: int, body: Callable, carry: Any) -> Any:
-    """body(begin, size, carry) over blocks that cover the tokens of cluster i, and only those."""
-    first, count, sizes = by.starts[i], by.counts[i], _TOKENS[_kind(i)]
-    for size in [s for s in sizes[:-1] if s <= by.total] + [sizes[-1]]:
-        blocks = count // size if size != sizes[-1] else (count + size - 1) // size
-        carry = lax.fori_loop(
-            0, blocks, lambda k, c, first=first, size=size: body(first + k * size, size, c), carry
-        )
-        first, count = first + blocks * size, count - blocks * size
-    return carry
-
-
-def _over_words(by: _Sorted, i: int, cluster: Cluster, body: Callable, carry: Any) -> Any:
-    """body(row, new, carry) over blocks of the table's rows, if the cluster has any tokens.
-
-    The last block is moved back to end with the cluster; `new` excludes rows already seen.
-    """
-    blocks = -(-cluster.size // _WORDS[_kind(i)])
-    size = -(-cluster.size // blocks)
-
-    def step(j, carry):
-        begin = jnp.minimum(j * size, cluster.size - size)
-        return body(cluster.start + begin, begin + jnp.arange(size) >= j * size, carry)
-
-    return lax.fori_loop(0, jnp.where(by.counts[i] > 0, blocks, 0), step, carry)
+def _groups(clusters: Sequence[Cluster]) -> list[_Group]:
+    places = [(min(i, 1), c.table, c.hidden) for i, c in enumerate(clusters)]
+    groups = []
+    for place in sorted(set(places)):
+        kind = "tail" if place[0] else "head"
+        members = tuple(i for i, p in enumerate(places) if p == place)
+        smallest = min(clusters[i].size for i in members)
+        blocks = -(-smallest // _WORDS[kind])
+        groups.append(_Group(kind, members, *place[1:], words=-(-smallest // blocks)))
+    return groups
 
 
 def _rows(x: Array, start: Array, size: int) -> Array:
@@ -114,23 +151,26 @@ def _logits(h: Array, w: Array, b: Array) -> Array:
     return _dot("td,vd->tv", h, w.astype(h.dtype)) + b[None, :]
 
 
-def _add_lse(by: _Sorted, i: int, cluster: Cluster, h, table, bias, lse: Array) -> Array:
-    """lse <- log(exp(lse) + sum over the cluster's words of exp(logit)), for cluster i's tokens."""
+def _add_lse(group: _Group, by: _Sorted, h, table, bias, lse: Array) -> Array:
+    """lse <- log(exp(lse) + sum of exp(logit) over the words of the token's cluster)."""
 
-    def words(row, new, lse):
-        w, b = _rows(table, row, new.size), _rows(bias, row, new.size)
+    def cluster(span, lse):
+        def words(row, new, lse):
+            w, b = _rows(table, row, new.size), _rows(bias, row, new.size)
 
-        def tokens(begin, size, lse):
-            logits = jnp.where(new[None, :], _logits(_rows(h, begin, size), w, b), -jnp.inf)
-            old = _rows(lse, begin, size)
-            lse_b = jnp.logaddexp(old, jax.nn.logsumexp(logits, axis=1))
-            if i:  # the last block may reach into the next cluster
-                lse_b = jnp.where(_rows(by.which, begin, size) == i, lse_b, old)
-            return _put(lse, lse_b, begin)
+            def tokens(begin, size, lse):
+                logits = jnp.where(new[None, :], _logits(_rows(h, begin, size), w, b), -jnp.inf)
+                old = _rows(lse, begin, size)
+                lse_b = jnp.logaddexp(old, jax.nn.logsumexp(logits, axis=1))
+                if group.kind == "tail":  # the last block may reach into the next cluster
+                    lse_b = jnp.where(_rows(by.which, begin, size) == span.i, lse_b, old)
+                return _put(lse, lse_b, begin)
 
-        return _over_tokens(by, i, tokens, lse)
+            return group.over_tokens(by, span, tokens, lse)
 
-    return _over_words(by, i, cluster, words, lse)
+        return group.over_words(span, words, lse)
+
+    return group.over_clusters(by, cluster, lse)
 
 
 def _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
@@ -139,19 +179,19 @@ def _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, ta
     hs = [by.sort(h) for h in hiddens]
     columns = _logits(hs[0], cluster_weight, cluster_bias)
     empty = jnp.full(by.which.shape, -jnp.inf)
-    head, tail = reduce(jnp.logaddexp, columns.T, empty), empty
+    lse = {"head": reduce(jnp.logaddexp, columns.T, empty), "tail": empty}
     chosen = jnp.zeros(by.which.shape)
-    for i, c in enumerate(clusters):
-        h, table, bias, mine = hs[c.hidden], tables[c.table], biases[c.table], by.which == i
-        row = c.start + jnp.where(mine, by.word, 0)
+    for i in range(1, len(clusters)):
+        chosen = jnp.where(by.which == i, columns[:, -i], chosen)
+    for group in _groups(clusters):
+        h, table, bias = hs[group.hidden], tables[group.table], biases[group.table]
+        lse[group.kind] = _add_lse(group, by, h, table, bias, lse[group.kind])
+        mine = jnp.any(by.which[:, None] == jnp.array(group.members)[None, :], axis=1)
+        row = jnp.where(mine, by.spans[by.which, 1] + by.word, 0)
         logit = _dot("td,td->t", h, table[row].astype(h.dtype)) + bias[row]
-        chosen = jnp.where(mine, logit + columns[:, -i] if i else logit, chosen)
-        if i:
-            tail = _add_lse(by, i, c, h, table, bias, tail)
-        else:
-            head = _add_lse(by, i, c, h, table, bias, head)
-    nll = head + jnp.where(by.which > 0, tail, 0) - chosen
-    return by.unsort(nll), (head, tail)
+        chosen = chosen + jnp.where(mine, logit, 0)
+    nll = lse["head"] + jnp.where(by.which > 0, lse["tail"], 0) - chosen
+    return by.unsort(nll), lse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,43 +204,48 @@ def _nll_fwd(clusters, *arguments):
     return nll, (arguments, lse)
 
 
-def _add_gradients(by: _Sorted, i: int, cluster: Cluster, h, table, bias, g, lse, gradients):
-    """Add cluster i's part to the gradients of its hidden states, table and bias, in place.
+def _add_gradients(group: _Group, by: _Sorted, h, table, bias, g, lse, gradients):
+    """Add the group's part to the gradients of its hidden states, table and bias, in place.
 
     d logit = g (softmax - onehot), with the logits of each block computed again.
     """
-    mine = by.which == i
-    word = jnp.where(mine, by.word, -1)
-    if i:  # tokens of others in the last block: softmax and gradient 0
-        g, lse = jnp.where(mine, g, 0), jnp.where(mine, lse, jnp.inf)
 
-    def words(row, new, carry):
-        d_h, d_table, d_bias = carry
-        w, b = _rows(table, row, new.size).astype(h.dtype), _rows(bias, row, new.size)
-        index = row - cluster.start + jnp.arange(new.size)
+    def cluster(span, gradients):
+        mine = by.which == span.i
+        word = jnp.where(mine, by.word, -1)
+        # Tokens of others in the last block of a tail: softmax and gradient 0.
+        tail = group.kind == "tail"
+        g_c, lse_c = (jnp.where(mine, g, 0), jnp.where(mine, lse, jnp.inf)) if tail else (g, lse)
 
-        def tokens(begin, size, carry):
-            d_h, d_w, d_b = carry
-            h_b = _rows(h, begin, size)
-            p = jnp.exp(_logits(h_b, w, b) - _rows(lse, begin, size)[:, None])
-            hit = _rows(word, begin, size)[:, None] == index[None, :]
-            d = _rows(g, begin, size)[:, None] * (p - hit.astype(p.dtype))
-            d = jnp.where(new[None, :], d, 0)
-            d_b = d_b + d.sum(0)
-            d = d.astype(h.dtype)
-            d_w = d_w + _dot("tv,td->vd", d, h_b)
-            d_h = _put(d_h, _rows(d_h, begin, size) + _dot("tv,vd->td", d, w), begin)
-            return d_h, d_w, d_b
+        def words(row, new, carry):
+            d_h, d_table, d_bias = carry
+            w, b = _rows(table, row, new.size).astype(h.dtype), _rows(bias, row, new.size)
+            index = row - span.start + jnp.arange(new.size)
 
-        block = d_h, _rows(d_table, row, new.size), _rows(d_bias, row, new.size)
-        d_h, d_w, d_b = _over_tokens(by, i, tokens, block)
-        return d_h, _put(d_table, d_w, row), _put(d_bias, d_b, row)
+            def tokens(begin, size, carry):
+                d_h, d_w, d_b = carry
+                h_b = _rows(h, begin, size)
+                p = jnp.exp(_logits(h_b, w, b) - _rows(lse_c, begin, size)[:, None])
+                hit = _rows(word, begin, size)[:, None] == index[None, :]
+                d = _rows(g_c, begin, size)[:, None] * (p - hit.astype(p.dtype))
+                d = jnp.where(new[None, :], d, 0)
+                d_b = d_b + d.sum(0)
+                d = d.astype(h.dtype)
+                d_w = d_w + _dot("tv,td->vd", d, h_b)
+                d_h = _put(d_h, _rows(d_h, begin, size) + _dot("tv,vd->td", d, w), begin)
+                return d_h, d_w, d_b
 
-    return _over_words(by, i, cluster, words, gradients)
+            block = d_h, _rows(d_table, row, new.size), _rows(d_bias, row, new.size)
+            d_h, d_w, d_b = group.over_tokens(by, span, tokens, block)
+            return d_h, _put(d_table, d_w, row), _put(d_bias, d_b, row)
+
+        return group.over_words(span, words, gradients)
+
+    return group.over_clusters(by, cluster, gradients)
 
 
 def _nll_bwd(clusters, saved, g):
-    (hiddens, tables, biases, cluster_weight, cluster_bias, targets), (head, tail) = saved
+    (hiddens, tables, biases, cluster_weight, cluster_bias, targets), lse = saved
     by = _by_cluster(clusters, targets)
     g, hs = by.sort(g), [by.sort(h) for h in hiddens]
     d_hs = [jnp.zeros(h.shape, jnp.float32) for h in hs]
@@ -208,7 +253,7 @@ def _nll_bwd(clusters, saved, g):
     d_biases = [jnp.zeros_like(b) for b in biases]
 
     n_tail = len(clusters) - 1
-    p = jnp.exp(_logits(hs[0], cluster_weight, cluster_bias) - head[:, None])
+    p = jnp.exp(_logits(hs[0], cluster_weight, cluster_bias) - lse["head"][:, None])
     hit = by.which[:, None] == n_tail - jnp.arange(n_tail)[None, :]
     d = g[:, None] * (p - hit.astype(p.dtype))
     d_cluster_bias = d.sum(0)
@@ -216,18 +261,11 @@ def _nll_bwd(clusters, saved, g):
     d_cluster_weight = _dot("tc,td->cd", d, hs[0])
     d_hs[0] = _dot("tc,cd->td", d, cluster_weight.astype(d.dtype))
 
-    for i, c in enumerate(clusters):
-        gradients = d_hs[c.hidden], d_tables[c.table], d_biases[c.table]
-        d_hs[c.hidden], d_tables[c.table], d_biases[c.table] = _add_gradients(
-            by,
-            i,
-            c,
-            hs[c.hidden],
-            tables[c.table],
-            biases[c.table],
-            g,
-            tail if i else head,
-            gradients,
+    for group in _groups(clusters):
+        i, j = group.hidden, group.table
+        gradients = d_hs[i], d_tables[j], d_biases[j]
+        d_hs[i], d_tables[j], d_biases[j] = _add_gradients(
+            group, by, hs[i], tables[j], biases[j], g, lse[group.kind], gradients
         )
     d_hiddens = tuple(by.unsort(d).astype(h.dtype) for d, h in zip(d_hs, hiddens, strict=True))
     return d_hiddens, tuple(d_tables), tuple(d_biases), d_cluster_weight, d_cluster_bias, None
