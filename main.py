@@ -15,7 +15,6 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import default
 from fwm import evaluate, train
-from fwm.checkpoint import read_json
 from fwm.errors import UserError
 
 MODE = flags.DEFINE_enum("mode", "train", ["train", "valid", "eval"], "What to do.")
@@ -27,7 +26,9 @@ FREE_FIELDS = ("data.", "eval.", "report.", "model.dtype")
 
 
 def job_name(config: ConfigDict) -> str:
-    """The hyper-parameters that matter, as the official toolkit names its jobs."""
+    """`report.job_name`, or the hyper-parameters that matter, as in the official toolkit."""
+    if config.report.job_name:
+        return config.report.job_name
     m, t = config.model, config.train
     parts = [config.data.name.replace(":", "-"), m.mixer]
     if m.mixer == "fast_weight":
@@ -53,9 +54,11 @@ def parse(argv: list[str]) -> ConfigDict:
         argv = [argv[0], f"--config={Path(default.__file__)}", *argv[1:]]
     sys.argv = argv  # config_flags looks for the overrides there
     try:
-        flags.FLAGS(argv)
+        _, *unknown = flags.FLAGS(argv)
     except (flags.Error, OSError, LookupError, AttributeError, SyntaxError, TypeError) as error:
         raise UserError(_sentence(error)) from error
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}: expected --flag=value only.")
     if MODE.value == "train" and not given:
         variants = sorted(p.stem for p in Path(default.__file__).parent.glob("*.py"))
         raise UserError(
@@ -97,14 +100,17 @@ def config_of_run(workdir: Path, overrides: dict[str, Any]) -> ConfigDict:
                 f"an evaluation, which may change {', '.join(FREE_FIELDS)}."
             )
     config = default.defaults()
-    saved = train.flatten(read_json(workdir / "config.json"))
+    saved = train.saved_config(workdir)
     unknown = sorted(set(saved) ^ set(train.flatten(config.to_dict())))
     if unknown:
         raise UserError(
             f"{workdir}/config.json is of another version of fwm: the fields {', '.join(unknown)} "
             "are not in both; evaluate it with the version that trained it."
         )
-    config.update_from_flattened_dict(saved)
+    try:
+        config.update_from_flattened_dict(saved)
+    except TypeError as error:
+        raise UserError(f"{workdir}/config.json is damaged: {error}; restore it.") from error
     config.update_from_flattened_dict(overrides)
     return config.lock()
 
@@ -112,20 +118,21 @@ def config_of_run(workdir: Path, overrides: dict[str, Any]) -> ConfigDict:
 def dispatch(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
     config = parse(argv)
-    cache = Path(config.data.cache_dir).expanduser()
+    workdir = Path(WORKDIR.value or Path("runs", job_name(config)))
+    if MODE.value != "train":
+        if not WORKDIR.value:
+            raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
+        config = config_of_run(workdir, config_flags.get_override_values(flags.FLAGS["config"]))
+    # Absolute, so that an evaluation finds the text from anywhere.
+    for field in ("dir", "cache_dir"):
+        if config.data[field]:
+            config.data[field] = str(Path(config.data[field]).expanduser().absolute())
     # Compiled programs are kept, so that a second start takes a fraction of the first.
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir, "xla")))
     if MODE.value == "train":
-        config.data.cache_dir = str(cache)
-        if not config.report.job_name:
-            config.report.job_name = job_name(config)
-        return train.run(config, Path(WORKDIR.value or Path("runs", config.report.job_name)))
-    if not WORKDIR.value:
-        raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
-    workdir = Path(WORKDIR.value)
-    config = config_of_run(workdir, config_flags.get_override_values(flags.FLAGS["config"]))
-    evaluate.run(config, workdir, "valid" if MODE.value == "valid" else "test")
-    return 0
+        return train.run(config, workdir)
+    results = evaluate.run(config, workdir, "valid" if MODE.value == "valid" else "test")
+    return 130 if results is None else 0  # interrupted
 
 
 def main(argv: list[str]) -> int:

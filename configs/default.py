@@ -91,8 +91,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "model": {"d_model": 128, "n_head": 4, "d_head": 16, "d_inner": 512, "n_layer": 2},
         "train": {
-            "batch_size": 16, "tgt_len": 64, "max_step": 1200, "warmup_step": 100, "lr": 0.003,
-            "eval_interval": 300, "eval_batch_size": 16, "log_interval": 50,
+            "batch_size": 16, "tgt_len": 64, "max_step": 1000, "warmup_step": 100, "lr": 0.003,
+            "eval_interval": 250, "eval_batch_size": 16, "log_interval": 50,
         },
     },
     "small": {

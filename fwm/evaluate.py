@@ -6,7 +6,9 @@ token of the stream after the first is scored exactly once.
 
 import dataclasses
 import functools
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +22,7 @@ from jaxtyping import Array, Float, Int
 from fwm import data, parallel
 from fwm.checkpoint import Checkpoints, write_json
 from fwm.errors import UserError
-from fwm.model import LanguageModel, ModelConfig, build_config
-
-# Called after each batch with the score so far and the number of positions there are in all.
-Progress = Callable[["Score", int], None]
+from fwm.model import LanguageModel, ModelConfig, build_config, empty_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +46,37 @@ class Score:
     def bits_per_token(self) -> float:
         """Bits per token, which are bits per character for a character-level corpus."""
         return self.mean_nll / math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """How far a scoring has come; from here it can be taken up again, with the same total.
+
+    Fields:
+        score: so far.
+        expected: positions there are to score.
+        position: windows, or tokens of each row, done.
+        memory: what the next segment starts from.
+    """
+
+    score: Score
+    expected: int
+    position: int = 0
+    memory: Any = None
+
+    def add(self, nll: np.ndarray, position: int, memory: Any = None) -> "Partial":
+        """With the nll of more positions, summed in float64."""
+        total = self.score.total_nll + float(nll.sum(dtype=np.float64))
+        score = Score(total, self.score.count + nll.size)
+        return Partial(score, self.expected, position, memory)
+
+
+def _finish(partials: Iterator[Partial]) -> Score:
+    for partial in partials:
+        last = partial
+    if last.score.count != last.expected:
+        raise AssertionError(f"scored {last.score.count} positions, not {last.expected}")
+    return last.score
 
 
 def _columns(tokens: Any, batch_size: int, split_stream: bool) -> np.ndarray:
@@ -78,6 +108,12 @@ def _windows(
     return nll
 
 
+@functools.lru_cache(maxsize=16)
+def _window_step(model: LanguageModel, window: int, scored: int) -> Callable:
+    """`_windows` on all devices, compiled once however often a model is scored."""
+    return parallel.pmap(functools.partial(_windows, model, window=window, scored=scored))
+
+
 def automatic_batch_size(config: ModelConfig, window: int) -> int:
     """Windows at once on one device: as many as a quarter of its memory holds, at most 512.
 
@@ -102,7 +138,6 @@ def sliding_window(
     batch_size: int = 0,
     stride: int = 1,
     split_stream: bool = False,
-    progress: Progress | None = None,
 ) -> Score:
     """Score a stream with a window of `window` inputs (paper section 6.3).
 
@@ -120,11 +155,37 @@ def sliding_window(
             so many times less.
         split_stream: the official evaluator at batch_size > 1: the stream is cut into so many
             equal rows, each with a first window of its own; the remainder is not scored.
-        progress: called after every batch.
 
     Raises:
-        UserError: a stream too short to score, a stride outside 1..window.
+        UserError: a stream too short to score, a window below 1, a stride outside 1..window.
     """
+    return _finish(
+        _slide(
+            model,
+            variables,
+            tokens,
+            window=window,
+            batch_size=batch_size,
+            stride=stride,
+            split_stream=split_stream,
+        )
+    )
+
+
+def _slide(
+    model: LanguageModel,
+    variables: Any,
+    tokens: Any,
+    *,
+    window: int,
+    batch_size: int,
+    stride: int,
+    split_stream: bool,
+    done: Partial | None = None,
+) -> Iterator[Partial]:
+    """`sliding_window` batch by batch, after what is done already."""
+    if window < 1:
+        raise UserError(f"window must be at least 1 token, got {window}.")
     if not 1 <= stride <= window:
         raise UserError(f"stride must lie between 1 and the window of {window}, got {stride}.")
     columns = _columns(tokens, batch_size, split_stream)
@@ -134,43 +195,43 @@ def sliding_window(
     batch_size = batch_size or n_device * automatic_batch_size(model.config, window)
     per_call = max(1, batch_size // n_device) * n_device
     on_devices = parallel.replicate((variables, columns))
+    partial = done or Partial(Score(0.0, 0), n_row * last)
 
-    def batches(rows: np.ndarray, ends: np.ndarray, scored: int) -> Iterator[np.ndarray]:
-        """nll of the last `scored` positions of every window, batch by batch, [b, scored]."""
-        function = functools.partial(_windows, model, window=window, scored=scored)
-        step = parallel.pmap(function)
+    def batches(
+        rows: np.ndarray, ends: np.ndarray, scored: int, begin: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(windows done, nll of the last `scored` positions of a batch of windows, [b, scored])."""
+        step = _window_step(model, window, scored)
         size = min(per_call, -(-len(rows) // n_device) * n_device)
         pending = None
-        for start in range(0, len(rows) + size, size):
+        for start in range(begin, len(rows) + size, size):
             ready, pending = pending, None
             if start < len(rows):
-                ids = np.arange(start, start + size)
-                ids = np.minimum(ids, len(rows) - 1)  # padding: repeats that are not counted
+                # The last batch is filled up with repeats, which are not counted.
+                ids = np.minimum(np.arange(start, start + size), len(rows) - 1)
                 pending = step(*on_devices, *parallel.split((rows[ids], ends[ids])))
             # The next batch is on its way while the host adds up this one.
             if ready is not None:
-                nll = np.asarray(ready, np.float64).reshape(-1, scored)
-                yield nll[: len(rows) - (start - size)]
+                yield min(start, len(rows)), np.asarray(ready).reshape(-1, scored)
 
-    expected = n_row * last
-    score = Score(0.0, 0)
-    first = (np.arange(n_row), np.full(n_row, window))
-    for nll in batches(*first, window):
-        score = Score(score.total_nll + float(nll.sum()), score.count + nll.size)
+    # First the windows that score all their positions, one of each row, then all others.
+    if partial.position == 0:
+        for end, nll in batches(np.arange(n_row), np.full(n_row, window), window, 0):
+            new = nll[: end - partial.position]
+            partial = partial.add(new, end)
+        yield partial
     ends = np.minimum(np.arange(window, last, stride) + stride, last)
+    if len(ends) == 0:
+        return
+    # Only the last window of a row may score fewer positions than the stride.
+    fresh = np.tile(np.diff(ends, prepend=window), n_row)
     rows = np.repeat(np.arange(n_row), len(ends))
-    done = 0
-    for nll in batches(rows, np.tile(ends, n_row), stride) if len(ends) else ():
-        # Only the last window of a row may score fewer positions than the stride.
-        fresh = np.diff(ends, prepend=window)[np.arange(done, done + len(nll)) % len(ends)]
-        counted = nll * (np.arange(stride)[None, :] >= stride - fresh[:, None])
-        score = Score(score.total_nll + float(counted.sum()), score.count + int(fresh.sum()))
-        done += len(nll)
-        if progress is not None:
-            progress(score, expected)
-    if score.count != expected:
-        raise AssertionError(f"scored {score.count} positions, not {expected}")
-    return score
+    begin = partial.position - n_row
+    for end, nll in batches(rows, np.tile(ends, n_row), stride, begin):
+        new = fresh[partial.position - n_row : end]
+        counted = np.arange(stride)[None, :] >= stride - new[:, None]
+        partial = partial.add(nll[: len(new)][counted], n_row + end)
+        yield partial
 
 
 def carry_over(
@@ -181,7 +242,6 @@ def carry_over(
     segment: int,
     batch_size: int = 1,
     split_stream: bool = False,
-    progress: Progress | None = None,
 ) -> Score:
     """Score a stream in consecutive segments, each starting from the memory of the one before.
 
@@ -193,25 +253,85 @@ def carry_over(
     Raises:
         UserError: a stream too short to score, a segment below 1.
     """
+    return _finish(
+        _carry(
+            model,
+            variables,
+            tokens,
+            segment=segment,
+            batch_size=batch_size,
+            split_stream=split_stream,
+        )
+    )
+
+
+def _carry(
+    model: LanguageModel,
+    variables: Any,
+    tokens: Any,
+    *,
+    segment: int,
+    batch_size: int,
+    split_stream: bool,
+    done: Partial | None = None,
+) -> Iterator[Partial]:
+    """`carry_over` segment by segment, after what is done already."""
     if segment < 1:
         raise UserError(f"segment must be at least 1 token, got {segment}.")
     columns = _columns(tokens, batch_size, split_stream)
-    last = columns.shape[1] - 1
+    n_row, last = columns.shape[0], columns.shape[1] - 1
     step = jax.jit(lambda variables, x, y, memory: model.apply(variables, x, y, memory))
-    memory, score = None, Score(0.0, 0)
-    for start in range(0, last, segment):
+    empty = empty_memory(model.config, n_row)
+    partial = done or Partial(Score(0.0, 0), n_row * last, 0, empty)
+    for start in range(partial.position, last, segment):
         end = min(start + segment, last)
-        x, y = columns[:, start:end], columns[:, start + 1 : end + 1]
-        nll, memory = step(variables, jnp.asarray(x), jnp.asarray(y), memory)
-        total = score.total_nll + float(np.asarray(nll, np.float64).sum())
-        score = Score(total, score.count + nll.size)
-        if progress is not None:
-            progress(score, columns.shape[0] * last)
-    return score
+        x, y = jnp.asarray(columns[:, start:end]), jnp.asarray(columns[:, start + 1 : end + 1])
+        nll, memory = step(variables, x, y, partial.memory)
+        partial = partial.add(np.asarray(nll), end, memory)
+        yield partial
 
 
-def run(config: Any, workdir: Path, split: str, report: Callable[[str], None] = print) -> dict:
+# --- a run's splits -------------------------------------------------------------------------------
+
+
+def _save_partial(path: Path, key: dict, partial: Partial) -> None:
+    """Arrays without pickle; replaced at once, so that a kill leaves the old or the new one."""
+    leaves = jax.tree.leaves(partial.memory)
+    # bfloat16 is no dtype of the file format; float32 holds it exactly.
+    memory = {f"memory_{i}": np.asarray(leaf, np.float32) for i, leaf in enumerate(leaves)}
+    numbers = {
+        "total_nll": np.float64(partial.score.total_nll),
+        "count": partial.score.count,
+        "expected": partial.expected,
+        "position": partial.position,
+    }
+    new = path.with_suffix(".new.npz")
+    arrays: dict[str, Any] = {"key": json.dumps(key), **numbers, **memory}
+    np.savez(new, **arrays)
+    os.replace(new, path)
+
+
+def _load_partial(path: Path, key: dict, memory: Any) -> Partial | None:
+    """What an interrupted evaluation with the same settings left, if there is one."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as saved:
+        if json.loads(str(saved["key"])) != key:
+            return None
+        leaves, structure = jax.tree.flatten(memory)
+        leaves = [jnp.asarray(saved[f"memory_{i}"], x.dtype) for i, x in enumerate(leaves)]
+        score = Score(float(saved["total_nll"]), int(saved["count"]))
+        memory = jax.tree.unflatten(structure, leaves)
+        return Partial(score, int(saved["expected"]), int(saved["position"]), memory)
+
+
+def run(
+    config: Any, workdir: Path, split: str, report: Callable[[str], None] = print
+) -> dict | None:
     """Score `split` with a checkpoint of `workdir` and write `<split>_results.json` there.
+
+    Totals are saved every minute: an evaluation that was killed or interrupted (None is returned
+    then) goes on from there, to exactly the same total.
 
     Raises:
         UserError: no run in workdir, no such checkpoint, no text for the split.
@@ -230,32 +350,43 @@ def run(config: Any, workdir: Path, split: str, report: Callable[[str], None] = 
         report(f"warning: {warning}")
     overrides = {k: c.eval[k] for k in ("mem_len", "clamp_len") if c.eval[k] > 0}
     model_config = build_config(c.model.to_dict() | overrides, len(vocab))
-    checkpoints = Checkpoints(workdir / "checkpoints", report=report)
-    step, variables = checkpoints.restore_subtree(("params", "favor"), c.eval.checkpoint)
-    checkpoints.close()
+    which = c.eval.checkpoint
+    if which not in ("best", "latest") and not which.isdecimal():
+        raise UserError(f"config.eval.checkpoint={which!r}: expected best, latest or a step.")
+    with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
+        step, variables = checkpoints.restore_subtree(
+            ("params", "favor"), int(which) if which.isdecimal() else which
+        )
     variables = {"params": variables["params"], **(variables["favor"] or {})}
 
     carried = c.train.carry_over_fast_weight or c.model.mixer == "transformer_xl"
     length = c.eval.tgt_len or c.train.tgt_len
     model, stream = LanguageModel(model_config), corpus.streams[split]
-    started = time.monotonic()
-    shared: dict[str, Any] = {
-        "split_stream": c.eval.split_stream,
-        "progress": _progress_line(split, report),
-    }
+    rows = max(c.eval.batch_size, 1) if c.eval.split_stream else 1
+    score_by = functools.partial(
+        _carry if carried else _slide,
+        model,
+        variables,
+        stream,
+        batch_size=c.eval.batch_size,
+        split_stream=c.eval.split_stream,
+    )
     if carried:
-        rows = max(c.eval.batch_size, 1)
-        score = carry_over(model, variables, stream, segment=length, batch_size=rows, **shared)
+        score_by = functools.partial(score_by, segment=length)
     else:
-        score = sliding_window(
-            model,
-            variables,
-            stream,
-            window=length,
-            batch_size=c.eval.batch_size,
-            stride=c.eval.stride,
-            **shared,
-        )
+        score_by = functools.partial(score_by, window=length, stride=c.eval.stride)
+
+    started = time.monotonic()
+    path = workdir / f"{split}_partial.npz"
+    key = {"step": step, "length": length, "data": c.data.name, "devices": jax.local_device_count()}
+    key |= {"dtype": c.model.dtype, **c.eval.to_dict()}
+    done = _load_partial(path, key, empty_memory(model_config, rows) if carried else None)
+    if done is not None:
+        report(f"{split}: going on after {done.score.count} of {done.expected} tokens.")
+    score = _watched(score_by(done=done), done, path, key, split, report)
+    if score is None:
+        return None
+    path.unlink(missing_ok=True)
     results = {
         "split": split,
         "protocol": "carry_over" if carried else "sliding_window",
@@ -276,25 +407,46 @@ def run(config: Any, workdir: Path, split: str, report: Callable[[str], None] = 
     write_json(path, results)
     unit = "character" if corpus.unit == "character" else "token"
     report(
-        f"{split}: perplexity {score.perplexity:.3f}, {score.bits_per_token:.4f} bits per {unit}, "
-        f"over {score.count} tokens, checkpoint of step {step}, {results['seconds']:.1f} s -> {path}"
+        f"{split}: perplexity {score.perplexity:.3f}, {score.bits_per_token:.4f} bits per {unit} "
+        f"over {score.count} tokens, checkpoint of step {step}, {results['seconds']:.1f} s; {path}"
     )
     return results
 
 
-def _progress_line(split: str, report: Callable[[str], None]) -> Progress:
-    """Reports every ten seconds."""
-    started = time.monotonic()
-    said = [started]
-
-    def progress(score: Score, total: int) -> None:
-        now = time.monotonic()
-        if now - said[0] >= 10.0:
-            said[0] = now
-            left = (now - started) * (total - score.count) / score.count
+def _watched(
+    partials: Iterator[Partial],
+    done: Partial | None,
+    path: Path,
+    key: dict,
+    split: str,
+    report: Any,
+) -> Score | None:
+    """The score at the end; reports every ten seconds, saves every minute, None after Ctrl-C."""
+    started = said = saved = time.monotonic()
+    before = done.score.count if done else 0
+    partial = done
+    try:
+        for partial in partials:
+            now = time.monotonic()
+            score = partial.score
+            if now - saved >= 60.0:
+                saved = now
+                _save_partial(path, key, partial)
+            if now - said >= 10.0:
+                said = now
+                speed = (score.count - before) / (now - started)
+                left = (partial.expected - score.count) / speed
+                report(
+                    f"{split}: {score.count} of {partial.expected} tokens, {speed:.0f} a second, "
+                    f"perplexity so far {score.perplexity:.2f}, {left:.0f} s left"
+                )
+    except KeyboardInterrupt:
+        if partial is not None:
+            _save_partial(path, key, partial)
+            score = partial.score
             report(
-                f"{split}: {score.count}/{total} tokens, {score.count / (now - started):.0f} per s, "
-                f"perplexity so far {score.perplexity:.2f}, {left:.0f} s left"
+                f"{split}: interrupted; PARTIAL perplexity {score.perplexity:.3f} over the first "
+                f"{score.count} of {partial.expected} tokens; the same command goes on from here."
             )
-
-    return progress
+        return None
+    return _finish(iter([partial])) if partial is not None else None

@@ -231,7 +231,7 @@ BUFFER = "pos_emb.inv_freq"
 def from_lmtool(
     arguments: Mapping[str, Any],
     state_dict: Mapping[str, Any],
-    favor_projections: Sequence[Any] | Mapping[Any, Any] | None = None,
+    favor_projections: Sequence[Any] | Mapping[Any, Any] | np.ndarray | None = None,
 ) -> tuple[ModelConfig, dict]:
     """An official model as ours.
 
@@ -251,6 +251,13 @@ def from_lmtool(
     """
     c = config_from_lmtool(arguments)
     tensors = {name: np.asarray(value) for name, value in state_dict.items()}
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _abstract_variables(c))
+    for name, zero in to_lmtool(c, zeros).items():
+        if name in tensors and tensors[name].shape != zero.shape:
+            raise UserError(
+                f"{name} should have the shape {zero.shape}, the state_dict gives "
+                f"{tensors[name].shape}."
+            )
     used = {BUFFER}
 
     def take(tree: dict, entry: Entry) -> None:
@@ -283,21 +290,17 @@ def from_lmtool(
         raise UserError(f"the state_dict has tensors that this model has not: {', '.join(extra)}.")
 
     variables: dict = {"params": params}
-    expected = _abstract_variables(c)
-    if "favor" in expected:
+    if "favor" in zeros:
         variables["favor"] = _projections(c, favor_projections)
-    _check_shapes(expected, variables)
     return c, jax.tree.map(jnp.asarray, variables)
 
 
 def _abstract_variables(c: ModelConfig) -> dict:
-
     tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
     return jax.eval_shape(LanguageModel(c).init, jax.random.key(0), tokens, tokens)
 
 
-def _projections(c: ModelConfig, given: Sequence[Any] | Mapping[Any, Any] | None) -> dict:
-
+def _projections(c: ModelConfig, given: Any) -> dict:
     if given is None:
         return redraw_projections(c, jax.random.key(0))["favor"]
     if isinstance(given, Mapping):
@@ -305,18 +308,15 @@ def _projections(c: ModelConfig, given: Sequence[Any] | Mapping[Any, Any] | None
         given = [by_number[i] for i in range(c.n_layer) if i in by_number]
     if len(given) != c.n_layer:
         raise UserError(f"favor_projections needs {c.n_layer} layers, got {len(given)}.")
-    stacked = np.stack([np.asarray(value, np.float32) for value in given])
-    return {"layers": {"mixer": {"projection": stacked}}}
-
-
-def _check_shapes(expected: dict, variables: dict) -> None:
-    wanted = dict(jax.tree_util.tree_leaves_with_path(expected))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        if wanted[path].shape != leaf.shape:
+    layers = [np.asarray(value, np.float32) for value in given]
+    for value in layers:
+        if value.shape != (c.d_head, c.performer_proj_dim):
             raise UserError(
-                f"{jax.tree_util.keystr(path)} should have the shape {wanted[path].shape}, "
-                f"the state_dict gives {leaf.shape}."
+                f"favor_projections needs [d_head, proj_dim] = "
+                f"{[c.d_head, c.performer_proj_dim]} for each layer, got {list(value.shape)}."
             )
+    stacked = np.stack(layers)
+    return {"layers": {"mixer": {"projection": stacked}}}
 
 
 def to_lmtool(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -299,7 +299,7 @@ class AddAndNorm(nn.Module):
         self, x: Float[Array, "B T D"], branch: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
         """`[B, T, D]`, `[B, T, D]` -> `[B, T, D]`."""
-        # Not the fast variance E[x^2] - E[x]^2: it loses digits that the goldens have.
-        return nn.LayerNorm(
-            epsilon=1e-5, dtype=self.dtype, scale_init=norm_init, use_fast_variance=False
-        )(x + branch)
+        # Not the fast variance E[x^2] - E[x]^2: it loses digits that the goldens have. And cast
+        # here: flax itself would mix dtypes, which strict promotion refuses.
+        norm = nn.LayerNorm(epsilon=1e-5, scale_init=norm_init, use_fast_variance=False)
+        return norm((x + branch).astype(jnp.float32)).astype(self.dtype)

@@ -191,16 +191,28 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim_workdir(workdir: Path, config: Any, vocab: data.Vocabulary) -> None:
-    """Write config.json and vocab.txt into a new workdir; in an old one, refuse a different run.
+def saved_config(workdir: Path) -> dict[str, Any]:
+    """The settings of the run in `workdir`, with dotted keys.
+
+    Raises:
+        UserError: there are none, or the file is damaged.
+    """
+    saved = read_json(workdir / "config.json")
+    if not isinstance(saved, dict):
+        raise UserError(f"{workdir}/config.json is damaged: expected groups of settings.")
+    return flatten(saved)
+
+
+def claim_workdir(workdir: Path, config: Any, vocab: data.Vocabulary, resume: bool) -> None:
+    """Write config.json and vocab.txt into a workdir; if a run is resumed, refuse a different one.
 
     Raises:
         UserError: the workdir holds a run with other settings (each is listed) or another text.
     """
     path = workdir / "config.json"
     new = config.copy_and_resolve_references().to_dict()
-    if path.exists():
-        then, now = flatten(read_json(path)), flatten(new)
+    if resume:
+        then, now = saved_config(workdir), flatten(new)
         differing = [
             f"{key} was {then.get(key)!r} and is now {now.get(key)!r}"
             for key in sorted(then.keys() | now.keys())
@@ -211,13 +223,12 @@ def claim_workdir(workdir: Path, config: Any, vocab: data.Vocabulary) -> None:
                 f"{workdir} holds a run with other settings: {'; '.join(differing)}; "
                 "use the same settings to resume it, or another --workdir."
             )
-        if (workdir / "vocab.txt").exists():
-            old = data.Vocabulary.load(workdir / "vocab.txt")
-            if old.symbols != vocab.symbols:
-                raise UserError(
-                    f"{workdir} holds a run on another text: its vocabulary has {len(old)} "
-                    f"entries, this one {len(vocab)}; give the same text or another --workdir."
-                )
+        old = data.Vocabulary.load(workdir / "vocab.txt")
+        if old.symbols != vocab.symbols:
+            raise UserError(
+                f"{workdir} holds a run on another text: its vocabulary has {len(old)} entries, "
+                f"this one {len(vocab)}; give the same text or another --workdir."
+            )
     vocab.save(workdir / "vocab.txt")
     write_json(path, new)
 
@@ -280,9 +291,9 @@ def run(config: Any, workdir: Path) -> int:
     corpus.train_batch(0, t.batch_size, t.tgt_len, c.seed)
     model = LanguageModel(build_config(c.model.to_dict(), len(corpus.vocab)))
     optimizer = adam(schedule, t.clip)
-    workdir.mkdir(parents=True, exist_ok=True)
     with lock_workdir(workdir):
-        claim_workdir(workdir, c, corpus.vocab)
+        resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
+        claim_workdir(workdir, c, corpus.vocab, resume)
         return _run(config, workdir, corpus, model, optimizer, schedule)
 
 
@@ -305,7 +316,7 @@ def _run(config, workdir, corpus, model, optimizer, schedule) -> int:
         start_step=step,
         use_wandb=c.report.use_wandb,
         project_name=c.report.project_name,
-        job_name=c.report.job_name,
+        job_name=c.report.job_name or workdir.name,
     )
     with checkpoints, reporter, stop_signals() as stop:
         checkpoints.report = reporter.message

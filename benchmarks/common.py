@@ -1,0 +1,110 @@
+"""What the benchmarks share: timing, the machine's own matmul peak, a model's FLOPs, the device."""
+
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fwm.model import ModelConfig
+
+
+def device_name() -> str:
+    """A short name for file names: cpu, or the kind of the first device."""
+    kind = jax.devices()[0].device_kind
+    return kind.lower().replace(" ", "_").replace("/", "_")
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions, to stand beside every figure."""
+    import flax
+    import jaxlib
+    import numpy
+
+    processor = platform.processor() or platform.machine()
+    if jax.default_backend() == "cpu":
+        with open("/proc/cpuinfo") as info:
+            names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+        processor = f"{len(names)} x {names[0]}"
+    return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processor": processor,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def seconds(function: Callable, *arguments: Any) -> float:
+    """One call of a compiled function, awaited."""
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def alternate(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round, one after the other, so that all see one machine."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(seconds(function))
+    return times
+
+
+def matmul(dtype: Any = jnp.float32) -> tuple[Callable[[], Any], float]:
+    """A large square matmul as a function, and its FLOPs: the peak is the one over its time."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    product = jax.jit(lambda a: a @ a)
+    return lambda: product(a), 2.0 * n**3
+
+
+def median(values: list[float]) -> float:
+    """The median."""
+    return statistics.median(values)
+
+
+def flops_per_token(
+    config: ModelConfig, length: int, shares: tuple[float, ...], scored: float = 1.0
+) -> float:
+    """FLOPs of one token's forward pass in a segment of `length`, a multiply-add counted as two.
+
+    Per layer: projections 2 D N P and 2 N H D, feed-forward 4 D F, and the mixer by its least
+    arithmetic: sum rule 4 K V a head, delta rule 6 K V, causal softmax 2 H T. The softmax of the
+    words: 2 D (head words + clusters), and for the share of tokens in a tail cluster 2 D times its
+    words; `scored` is the share of positions that go through it. Element-wise work is not counted.
+    Training is three times as much.
+    """
+    c = config
+    context = length + c.mem_len
+    if c.mixer == "fast_weight":
+        rank = {"sum": 4, "delta": 6}[c.update_rule]
+        outputs = 3 * c.d_head + (c.update_rule == "delta")
+        mixer = rank * c.n_head * c.n_feature * c.d_head
+    else:
+        outputs = 3 * c.d_head
+        mixer = 4 * c.n_head * c.d_head * (c.mem_len + length / 2)
+        if c.mixer == "transformer_xl":  # keys, values and positions of the memory too, r . q
+            mixer = 1.5 * mixer + 2 * c.d_model * c.n_head * 3 * c.d_head * c.mem_len / length
+            mixer += 2 * c.d_model * c.n_head * c.d_head * context / length
+    layer = 2 * c.d_model * c.n_head * outputs + mixer
+    layer += 2 * c.n_head * c.d_head * c.d_model + 4 * c.d_model * c.d_inner
+    bounds = (0, *c.cutoffs, c.n_token)
+    sizes = [high - low for low, high in itertools.pairwise(bounds)]
+    words = sizes[0] + len(c.cutoffs)
+    words += sum(share * size for share, size in zip(shares[1:], sizes[1:], strict=True))
+    return c.n_layer * layer + scored * 2 * c.d_model * words
+
+
+# The shares of WikiText-103's tokens in the clusters of the cutoffs 20000, 40000, 200000: the
+# first as its issue of figures gives it, 93%; the rest by the tail of a Zipf law.
+WIKITEXT_SHARES = (0.93, 0.03, 0.035, 0.005)
+WIKITEXT_TOKENS = 267_735

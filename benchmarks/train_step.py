@@ -1,0 +1,120 @@
+"""Training throughput of every variant, next to its FLOPs and this machine's own matmul peak.
+
+    python benchmarks/train_step.py                          small and medium, all variants
+    python benchmarks/train_step.py --preset small --variants linear_delta --batches 16
+
+One step is everything: dropout, forward, backward, clipping, Adam, on tokens with WikiText-103's
+shares of the adaptive softmax's clusters. Steps and the matmul alternate; figures are medians.
+Prints a table and writes benchmarks/results/train_step_<device>.json.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import common  # noqa: E402  the folder is no package
+
+from fwm.model import LanguageModel, build_config  # noqa: E402
+from fwm.optimizer import adam, learning_rate  # noqa: E402
+from fwm.train import Batch, init_state, train_step  # noqa: E402
+
+VARIANTS = (
+    "transformer", "transformer_xl", "linear_sum", "linear_delta", "performer_sum",
+    "performer_delta", "dpfp_sum", "dpfp_delta",
+)  # fmt: skip
+
+
+def tokens_like_wikitext(cutoffs: tuple[int, ...], rows: int, length: int) -> np.ndarray:
+    """Random tokens, their clusters with the shares of WikiText-103's."""
+    rng = np.random.default_rng(0)
+    bounds = np.array((0, *cutoffs, common.WIKITEXT_TOKENS))
+    cluster = rng.choice(len(common.WIKITEXT_SHARES), (rows, length), p=common.WIKITEXT_SHARES)
+    return rng.integers(bounds[cluster], bounds[cluster + 1]).astype(np.int32)
+
+
+def measure(variant: str, preset: str, rows: int, dtype: str, rounds: int) -> dict:
+    """One row of the table."""
+    config = importlib.import_module(f"configs.{variant}").get_config(preset)
+    fields = config.model.to_dict() | {"dtype": dtype}
+    model = LanguageModel(build_config(fields, common.WIKITEXT_TOKENS))
+    t = config.train
+    schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
+    optimizer = adam(schedule, t.clip)
+    carry = rows if config.model.mem_len else 0
+    started = time.perf_counter()
+    state = jax.jit(functools.partial(init_state, model, optimizer, 1, carry))()
+    stream = tokens_like_wikitext(model.config.cutoffs, rows, t.tgt_len + 1)
+    batch = Batch(stream[:, :-1], stream[:, 1:], np.zeros(rows, bool), np.arange(rows))
+    batch = jax.device_put(batch)
+    step = jax.jit(functools.partial(train_step, model, optimizer, schedule), donate_argnums=0)
+    compiled = step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - started
+    holder = [state]
+
+    def one():
+        holder[0], metrics = compiled(holder[0], batch)
+        return metrics["loss"]
+
+    product, product_flops = common.matmul(jnp.dtype(dtype))
+    times = common.alternate({"step": one, "matmul": product}, rounds)
+    seconds = common.median(times["step"])
+    peak = product_flops / common.median(times["matmul"])
+    tokens = rows * t.tgt_len
+    shares = common.WIKITEXT_SHARES
+    flops = 3 * common.flops_per_token(model.config, t.tgt_len, shares)
+    speed = tokens / seconds
+    return {
+        "variant": variant,
+        "preset": preset,
+        "batch": f"{rows} x {t.tgt_len}",
+        "dtype": dtype,
+        "tokens_per_second": round(speed),
+        "milliseconds": round(1e3 * seconds, 1),
+        "mflops_per_token": round(flops / 1e6, 1),
+        "peak_gflops": round(peak / 1e9),
+        "share_of_peak": round(speed * flops / peak, 3),
+        "temp_gib": round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 2),
+        "compile_seconds": round(compile_seconds, 1),
+        "hours_for_the_papers_run": round(t.max_step * t.batch_size * t.tgt_len / speed / 3600, 1),
+    }
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cpu = jax.default_backend() == "cpu"
+    parser.add_argument("--preset", nargs="*", default=["small", "medium"])
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--batches", nargs="*", type=int, default=[4, 16] if cpu else [])
+    parser.add_argument("--dtypes", nargs="*", default=["float32"] + ["bfloat16"] * (not cpu))
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    rows = []
+    for preset in arguments.preset:
+        for variant in arguments.variants:
+            paper = importlib.import_module(f"configs.{variant}").get_config(preset).train
+            for batch in arguments.batches or [paper.batch_size]:
+                for dtype in arguments.dtypes:
+                    row = measure(variant, preset, batch, dtype, arguments.rounds)
+                    if not rows:
+                        print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
+                    print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+                    rows.append(row)
+    result = {"command": " ".join(sys.argv), **common.environment(), "rows": rows}
+    path = ROOT / "benchmarks" / "results" / f"train_step_{common.device_name()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
