@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
@@ -52,6 +52,7 @@ def parse(argv: list[str]) -> ConfigDict:
     if not given:
         # Fields can be overridden only where there is a config to override them in.
         argv = [argv[0], f"--config={Path(default.__file__)}", *argv[1:]]
+    app.define_help_flags()
     sys.argv = argv  # config_flags looks for the overrides there
     try:
         _, *unknown = flags.FLAGS(argv)
@@ -122,6 +123,8 @@ def dispatch(argv: list[str]) -> int:
     if MODE.value != "train":
         if not WORKDIR.value:
             raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
+        if any(arg.lstrip("-").startswith("config=") for arg in argv):
+            print(f"--config is not used: the settings are those of the run in {workdir}.")
         config = config_of_run(workdir, config_flags.get_override_values(flags.FLAGS["config"]))
     # Absolute, so that an evaluation finds the text from anywhere.
     for field in ("dir", "cache_dir"):

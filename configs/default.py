@@ -6,6 +6,7 @@ colon in `--config=configs/dpfp_delta.py:small,no_pos`: first a preset, then any
 """
 
 import ast
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -124,7 +125,7 @@ def build(options: str = "", **model: Any) -> ConfigDict:
         UserError: an unknown preset or option, or one without meaning for the variant.
     """
     config = defaults()
-    preset, *rest = options.split(",") if options else ["tiny"]
+    preset, *rest = re.split(r",(?![^()]*\))", options) if options else ["tiny"]
     if preset not in PRESETS:
         raise UserError(
             f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)} first, "

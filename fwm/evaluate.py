@@ -10,6 +10,8 @@ import json
 import math
 import os
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -315,14 +317,20 @@ def _load_partial(path: Path, key: dict, memory: Any) -> Partial | None:
     """What an interrupted evaluation with the same settings left, if there is one."""
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as saved:
-        if json.loads(str(saved["key"])) != key:
-            return None
-        leaves, structure = jax.tree.flatten(memory)
-        leaves = [jnp.asarray(saved[f"memory_{i}"], x.dtype) for i, x in enumerate(leaves)]
-        score = Score(float(saved["total_nll"]), int(saved["count"]))
-        memory = jax.tree.unflatten(structure, leaves)
-        return Partial(score, int(saved["expected"]), int(saved["position"]), memory)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): remove it to score from the start."
+        ) from error
+    if json.loads(str(saved["key"])) != key:
+        return None
+    leaves, structure = jax.tree.flatten(memory)
+    leaves = [jnp.asarray(saved[f"memory_{i}"], x.dtype) for i, x in enumerate(leaves)]
+    score = Score(float(saved["total_nll"]), int(saved["count"]))
+    memory = jax.tree.unflatten(structure, leaves)
+    return Partial(score, int(saved["expected"]), int(saved["position"]), memory)
 
 
 def run(
@@ -350,6 +358,9 @@ def run(
         report(f"warning: {warning}")
     overrides = {k: c.eval[k] for k in ("mem_len", "clamp_len") if c.eval[k] > 0}
     model_config = build_config(c.model.to_dict() | overrides, len(vocab))
+    for name in ("batch_size", "tgt_len", "mem_len", "clamp_len"):
+        if c.eval[name] < 0:
+            raise UserError(f"config.eval.{name} must be 0 or more, got {c.eval[name]}.")
     which = c.eval.checkpoint
     if which not in ("best", "latest") and not which.isdecimal():
         raise UserError(f"config.eval.checkpoint={which!r}: expected best, latest or a step.")
@@ -379,7 +390,7 @@ def run(
     started = time.monotonic()
     path = workdir / f"{split}_partial.npz"
     key = {"step": step, "length": length, "data": c.data.name, "devices": jax.local_device_count()}
-    key |= {"dtype": c.model.dtype, **c.eval.to_dict()}
+    key |= {"dtype": c.model.dtype, "text": zlib.crc32(stream.tobytes()), **c.eval.to_dict()}
     done = _load_partial(path, key, empty_memory(model_config, rows) if carried else None)
     if done is not None:
         report(f"{split}: going on after {done.score.count} of {done.expected} tokens.")

@@ -276,6 +276,8 @@ def run(config: Any, workdir: Path) -> int:
     for name in ("tgt_len", "max_step", "eval_interval", "log_interval"):
         if t[name] < 1:
             raise UserError(f"config.train.{name} must be at least 1, got {t[name]}.")
+    if t.clip < 0:
+        raise UserError(f"config.train.clip must be 0 (no clipping) or more, got {t.clip}.")
     if t.carry_over_fast_weight and c.model.mixer != "fast_weight":
         raise UserError(f"carry_over_fast_weight has no meaning for {c.model.mixer}.")
     schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
@@ -360,6 +362,11 @@ def _loop(c, corpus, model, optimizer, schedule, state, step, checkpoints, repor
             started = time.monotonic()
             stream, rows = corpus.streams["valid"], t.eval_batch_size
             valid_loss = validate(judge, state, stream, rows, t.tgt_len, empty)
+            if not math.isfinite(valid_loss):
+                raise UserError(
+                    f"training diverged at step {step}: validation loss {valid_loss}; the "
+                    "checkpoints before it are kept: try a smaller config.train.lr."
+                )
             reporter.valid(step, {"loss": valid_loss}, time.monotonic() - started)
             checkpoints.save(step, _to_host(state), valid_loss=valid_loss)
             log.restart()

@@ -1,0 +1,159 @@
+"""Every variant, preset and option: the values of the paper, and what is refused."""
+
+import importlib
+import itertools
+from pathlib import Path
+
+import pytest
+
+from configs import default
+from fwm.errors import UserError
+from fwm.model import build_config
+
+VARIANTS = {
+    # mixer, feature_map, update_rule, attn_normalization
+    "transformer": ("softmax", None, None, None),
+    "transformer_xl": ("transformer_xl", None, None, None),
+    "linear_sum": ("fast_weight", "elu", "sum", "output"),
+    "linear_delta": ("fast_weight", "elu", "delta", "none"),
+    "performer_sum": ("fast_weight", "favor", "sum", "output"),
+    "performer_delta": ("fast_weight", "favor", "delta", "none"),
+    "dpfp_sum": ("fast_weight", "dpfp", "sum", "output"),
+    "dpfp_delta": ("fast_weight", "dpfp", "delta", "none"),
+}
+PRESETS = {
+    # d_model, n_head, d_head, d_inner, n_layer; tgt_len, batch_size, max_step, warmup_step
+    "tiny": ((128, 4, 16, 512, 2), None),  # not the paper's: to be tried quickly
+    "small": ((128, 8, 16, 2048, 16), (256, 96, 500_000, 2000)),
+    "medium": ((256, 8, 32, 2048, 16), (384, 56, 400_000, 2000)),
+}
+
+
+def build(variant, options=""):
+    return importlib.import_module(f"configs.{variant}").get_config(options)
+
+
+def test_these_are_all_variants():
+    names = {path.stem for path in Path(default.__file__).parent.glob("*.py")}
+    assert names - {"default", "__init__"} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("variant", "preset"), list(itertools.product(VARIANTS, PRESETS)))
+def test_values_of_the_paper(variant, preset):
+    mixer, *parts = VARIANTS[variant]
+    c = build(variant, preset)
+    sizes, training = PRESETS[preset]
+    if variant == "transformer_xl" and preset == "medium":
+        training = (384, 56, 200_000, 1000)
+    m, t = c.model, c.train
+    assert (m.d_model, m.n_head, m.d_head, m.d_inner, m.n_layer) == sizes
+    if training is not None:
+        assert (t.tgt_len, t.batch_size, t.max_step, t.warmup_step) == training
+    assert m.mixer == mixer
+    if mixer == "fast_weight":
+        assert [m.feature_map, m.update_rule, m.attn_normalization] == parts
+    assert (m.performer_proj_dim, m.dpfp_n_roll) == (16, 2)
+    assert (m.dropout, m.dropatt, t.clip, t.scheduler) == (0.1, 0.0, 0.25, "cosine")
+    assert (m.tie_weight, m.div_val, m.no_pos, t.carry_over_fast_weight) == (True, 1, False, False)
+    if preset != "tiny":
+        assert t.lr == 0.00025
+        assert m.cutoffs == (20_000, 40_000, 200_000)
+        assert c.data.name == "wikitext103"
+    assert m.mem_len == (t.tgt_len if variant == "transformer_xl" else 0)
+
+    options = ["clamp_len=100", "dtype=bfloat16", "dropout=0.2"]
+    if mixer == "fast_weight":
+        options += ["no_pos", "skip_attn_normalization", "carry_over_fast_weight"]
+    elif mixer == "softmax":
+        options += ["no_pos"]
+    for option in ["", *options]:
+        c = build(variant, f"{preset},{option}" if option else preset)
+        model = build_config(c.model.to_dict(), 300_000)
+        assert model.n_token == 300_000
+        assert model.d_embed == model.d_model
+        assert model.no_pos == (option in ("no_pos", "carry_over_fast_weight"))
+        assert c.train.carry_over_fast_weight == (option == "carry_over_fast_weight")
+        assert model.dropout == (0.2 if option == "dropout=0.2" else 0.1)
+        assert model.dtype == ("bfloat16" if option == "dtype=bfloat16" else "float32")
+        assert model.clamp_len == (100 if option == "clamp_len=100" else -1)
+        if option == "skip_attn_normalization":
+            assert model.attn_normalization == "none"
+
+
+def test_tiny_is_the_default_and_runs_anywhere():
+    for variant in VARIANTS:
+        assert build(variant).to_dict() == build(variant, "tiny").to_dict()
+        assert build(variant).data.name == "embedded"
+    assert default.get_config().to_dict() == build("dpfp_delta").to_dict()
+
+
+def test_a_config_is_locked():
+    with pytest.raises(AttributeError):
+        build("dpfp_delta").model.d_modell = 3
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "message"),
+    [
+        ("dpfp_delta", "large", "'large': expected one of tiny, small, medium"),
+        ("dpfp_delta", "no_pos", "'no_pos': expected one of tiny, small, medium"),
+        ("dpfp_delta", "tiny,", "unknown option ''.*no_pos, skip_attn_normalization, carry_over"),
+        ("dpfp_delta", "tiny,nopos", "unknown option 'nopos'.*no_pos, skip_attn_normalization"),
+        ("dpfp_delta", "tiny,d_modell=3", r"'d_modell'.*\(attn_normalization, .*d_model, "),
+        ("dpfp_delta", "tiny,d_model=abc", "'d_model=abc': expected a int such as 128"),
+        ("dpfp_delta", "tiny,d_model=1.5", "'d_model=1.5': expected a int such as 128"),
+        ("dpfp_delta", "tiny,no_pos=maybe", "'no_pos=maybe': expected a bool such as False"),
+        ("transformer", "tiny,carry_over_fast_weight", "has no meaning for softmax"),
+        ("transformer", "tiny,skip_attn_normalization", "has no meaning for softmax"),
+        ("transformer_xl", "tiny,carry_over_fast_weight", "has no meaning for transformer_xl"),
+        ("transformer_xl", "tiny,no_pos", "no_pos has no meaning for transformer_xl"),
+    ],
+)
+def test_what_is_refused(variant, options, message):
+    with pytest.raises(UserError, match=message):
+        build(variant, options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "option", "message"),
+    [
+        ("dpfp_sum", "attn_normalization=output_and_key", "the sum rule removes nothing"),
+        ("dpfp_delta", "dropatt=0.1", "dropatt has no meaning for a fast weight memory"),
+        ("dpfp_delta", "mem_len=5", "mem_len is the memory of transformer_xl"),
+        ("transformer_xl", "no_pos=True", "no_pos has no meaning for transformer_xl"),
+        ("dpfp_delta", "feature_map=exp", "'exp': expected one of elu, favor, dpfp"),
+        ("dpfp_delta", "update_rule=hebb", "'hebb': expected one of sum, delta"),
+        ("dpfp_delta", "attn_normalization=key", "expected one of none, output, output_and_key"),
+        ("dpfp_delta", "mixer=lstm", "'lstm': expected one of fast_weight, softmax, transformer_"),
+        ("dpfp_delta", "dtype=float16", "'float16': expected one of float32, bfloat16"),
+        ("dpfp_delta", "d_model=15", "d_model must be even"),
+        ("dpfp_delta", "n_layer=0", "n_layer must be at least 1, got 0"),
+        ("dpfp_delta", "dropout=1.0", "dropout must be at least 0 and below 1, got 1.0"),
+        ("dpfp_delta", "dropout=-0.1", "dropout must be at least 0 and below 1"),
+        ("transformer", "same_length=True", "same_length needs transformer_xl"),
+    ],
+)
+def test_what_the_model_refuses(variant, option, message):
+    config = build(variant, f"tiny,{option}")
+    with pytest.raises(UserError, match=message):
+        build_config(config.model.to_dict(), 1000)
+
+
+@pytest.mark.parametrize(
+    ("cutoffs", "tie_projs", "message"),
+    [
+        ((30, 20), (), "must rise from above 0"),
+        ((0, 20), (), "must rise from above 0"),
+        ((10, 20), (True,), "one entry for each of the 3 clusters, got 1"),
+    ],
+)
+def test_clusters_that_do_not_fit(cutoffs, tie_projs, message):
+    fields = default.defaults().model.to_dict() | {"cutoffs": cutoffs, "tie_projs": tie_projs}
+    with pytest.raises(UserError, match=message):
+        build_config(fields, 1000)
+
+
+def test_cutoffs_beyond_the_vocabulary_are_left_out():
+    fields = default.build("small").model.to_dict()
+    assert build_config(fields, 30_000).cutoffs == (20_000,)
+    assert build_config(fields, 100).cutoffs == ()

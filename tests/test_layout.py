@@ -1,0 +1,94 @@
+"""The direction of imports, read from the source: see the README's map of the layout."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "fwm").rglob("*.py"))
+}
+# What each may import of fwm, besides its own package.
+ALLOWED = {
+    "fwm.errors": set(),
+    "fwm.ops": {"fwm.errors"},
+    "fwm.data": {"fwm.errors"},
+    "fwm.optimizer": {"fwm.errors"},
+    "fwm.parallel": {"fwm.errors"},
+    "fwm.checkpoint": {"fwm.errors"},
+    "fwm.reporting": {"fwm.errors", "fwm.checkpoint"},
+    "fwm.adaptive": {"fwm.errors"},
+    "fwm.layers": {"fwm.errors", "fwm.ops"},
+    "fwm.model": {"fwm.errors", "fwm.ops", "fwm.layers", "fwm.adaptive"},
+    "fwm.interop": {"fwm.errors", "fwm.model"},
+}
+# Packages that must stay out: {where: {what}}.
+FORBIDDEN = {
+    "fwm": {"configs", "main", "tensorflow", "torch", "absl"},
+    "fwm.ops": {"flax", "ml_collections", "optax"},
+    "fwm.data": {"flax", "jax", "ml_collections", "optax", "orbax"},
+    "fwm.model": {"ml_collections", "optax", "orbax"},
+}
+
+
+def within(module, package):
+    return module == package or module.startswith(package + ".")
+
+
+def imports(module):
+    """Absolute names of all modules that a module imports, those inside functions included."""
+    path = FILES[module]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            # `from fwm import data` names a module, `from fwm.model import X` does not.
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in FILES else node.module)
+    return found
+
+
+def test_the_source_is_found():
+    assert {"fwm.model", "fwm.ops.fast_weights", "fwm.train"} <= FILES.keys()
+    assert "fwm.ops.softmax" in imports("fwm.layers")
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_nothing_is_imported_from_above(package):
+    for module in (m for m in FILES if within(m, package)):
+        own = {m for m in imports(module) if within(m, "fwm")}
+        foreign = {m for m in own if not within(m, package)}
+        wrong = {m for m in foreign if not any(within(m, allowed) for allowed in ALLOWED[package])}
+        assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_that_stay_out(package):
+    for module in (m for m in FILES if within(m, package)):
+        wrong = {name for name in imports(module) if name.split(".")[0] in FORBIDDEN[package]}
+        assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_no_circular_imports():
+    graph = {module: imports(module) & FILES.keys() for module in FILES}
+    done: set[str] = set()
+
+    def visit(module, path):
+        assert module not in path, f"circular: {' -> '.join([*path, module])}"
+        if module not in done:
+            for other in graph[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    # A package's own __init__ gathers its parts, which import from one another, not from it.
+    for module in FILES:
+        visit(module, ())
+
+
+def test_no_drawer_for_everything():
+    assert not {name for name in FILES if name.split(".")[-1] in ("utils", "util", "helpers")}

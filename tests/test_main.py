@@ -1,0 +1,393 @@
+"""The command line: the whole path of a run, and one clear sentence for everything wrong."""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import shutil
+import sys
+
+import jax
+import pytest
+from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
+
+import main
+from configs import default
+from fwm.checkpoint import Checkpoints
+
+# ml_collections loads a config file in this way.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
+
+SIZES = {
+    "model.d_model": 16, "model.n_head": 2, "model.d_head": 4, "model.d_inner": 32,
+    "model.n_layer": 1, "train.batch_size": 4, "train.tgt_len": 8, "train.max_step": 4,
+    "train.eval_interval": 2, "train.eval_batch_size": 2, "train.log_interval": 1,
+    "train.warmup_step": 1, "data.name": "text",
+}  # fmt: skip
+DPFP = "configs/dpfp_delta.py"
+
+
+def call(*arguments):
+    """main.py with these arguments: (status, standard output, standard error)."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    # A process parses its flags once; here the overrides that an earlier call has defined go.
+    flags.FLAGS.unparse_flags()
+    for name in list(flags.FLAGS):
+        if name.startswith("config."):
+            delattr(flags.FLAGS, name)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main.main(["main.py", *map(str, arguments)])
+        finally:
+            sys.argv = argv
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The repository's root, a text, and what programs were compiled."""
+    folder = tmp_path_factory.mktemp("main")
+    write_text(folder / "text")
+    # main sets the folder of compiled programs; it must not stay for other tests.
+    compilation_cache.reset_cache()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+
+
+def write_text(folder, **splits):
+    texts = {"train": "the cat sat on the mat\n" * 20, "valid": "the mat sat\n" * 6}
+    folder.mkdir()
+    for split, text in ({**texts, "test": "on the cat\n" * 5} | splits).items():
+        if text is not None:
+            data = text if isinstance(text, bytes) else text.encode()
+            (folder / f"{split}.txt").write_bytes(data)
+    return folder
+
+
+@pytest.fixture
+def train(place):
+    """A function that trains into a workdir, with changed settings."""
+
+    def run(workdir, *arguments, config=DPFP, **changes):
+        fields = SIZES | {"data.dir": place / "text", "data.cache_dir": place / "cache"}
+        fields |= {name.replace("__", "."): value for name, value in changes.items()}
+        overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+        return call(f"--config={config}", f"--workdir={workdir}", *overrides, *arguments)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """A finished run and what it said; not to be changed."""
+    fields = SIZES | {"data.dir": place / "text", "data.cache_dir": place / "cache"}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    workdir = place / "run"
+    return workdir, call(f"--config={DPFP}", f"--workdir={workdir}", *overrides)
+
+
+def evaluate(mode, workdir, *arguments):
+    return call(f"--mode={mode}", f"--workdir={workdir}", *arguments)
+
+
+def contents(folder):
+    """Every path under a folder, with a checksum of each file."""
+    return {
+        path: path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+    }
+
+
+def refused(result, message):
+    status, _, err = result
+    assert status == 2
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    assert "Traceback" not in err
+    assert re.search(message, err), err
+
+
+# --- the whole path -------------------------------------------------------------------------------
+
+
+def test_training_ends_with_what_to_do_next(trained):
+    workdir, (status, out, err) = trained
+    assert (status, err) == (0, "")
+    assert "step 4/4  loss " in out
+    assert ">>> validation at step 2: loss " in out
+    assert re.search(r"Best validation perplexity \d+\.\d\d \(approximate, step [24]\)", out)
+    assert out.endswith(f"Exact perplexity: python main.py --mode=valid --workdir={workdir}\n")
+    names = {path.name.split(".")[0] for path in workdir.iterdir()}
+    assert {"config", "vocab", "checkpoints", "train_log", "learning_curve", "events"} <= names
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["feature_map"] == "dpfp"
+    assert config["train"]["max_step"] == 4
+
+
+def test_the_name_of_a_run_tells_what_matters():
+    name = main.job_name(default.build("tiny,no_pos,dropout=0.2"))
+    assert name.startswith("embedded-dpfp-delta-none-nu2-nopos-L2-d128-h4x16-ff512-len64-bs16-lr")
+    assert "-drop0.2-seed1111" in name
+    assert main.job_name(default.build("tiny", mixer="softmax")).startswith("embedded-softmax-L2")
+
+
+def test_a_finished_run_is_not_trained_again(trained, train, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    before = contents(workdir / "checkpoints")
+    status, out, err = train(workdir)
+    assert (status, err) == (0, "")
+    assert f"Resuming {workdir} at step 4." in out
+    assert out.splitlines()[-2:] == [
+        line.replace(str(trained[0]), str(workdir)) for line in trained[1][1].splitlines()[-2:]
+    ]
+    assert contents(workdir / "checkpoints") == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "split", "tokens"), [("valid", "valid", 24), ("eval", "test", 20)]
+)
+def test_exact_perplexity(trained, tmp_path, mode, split, tokens):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    before = contents(workdir)
+    status, out, err = evaluate(mode, workdir)
+    assert (status, err) == (0, "")
+    path = workdir / f"{split}_results.json"
+    results = json.loads(path.read_text())
+    assert contents(workdir).keys() - before.keys() == {path}
+    expected = {
+        "split": split, "protocol": "sliding_window", "window": 8, "stride": 1,
+        "tokens": tokens - 1, "unit": "word",
+    }  # fmt: skip
+    assert {name: results[name] for name in expected} == expected
+    fields = ("batch_size", "checkpoint_step", "seconds", "versions", "split_stream")
+    assert results.keys() == {*expected, *fields, "mean_nll", "perplexity", "bits_per_token"}
+    assert results["perplexity"] == pytest.approx(2.0 ** results["bits_per_token"])
+    assert results["perplexity"] == pytest.approx(2.718281828459045 ** results["mean_nll"])
+    assert results["checkpoint_step"] in (2, 4)
+    assert f"{split}: perplexity {results['perplexity']:.3f}" in out
+
+
+def test_a_chosen_checkpoint_and_protocol(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    options = {"checkpoint": 2, "stride": 4, "tgt_len": 6, "batch_size": 4}
+    status, _, err = evaluate(
+        "valid", workdir, *(f"--config.eval.{k}={v}" for k, v in options.items())
+    )
+    assert (status, err) == (0, "")
+    results = json.loads((workdir / "valid_results.json").read_text())
+    assert results["checkpoint_step"] == 2
+    assert (results["stride"], results["window"], results["batch_size"]) == (4, 6, 4)
+    assert results["tokens"] == 23
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["eval"]["tgt_len"] == 0  # the run's own config stays as it was
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def damage_latest_checkpoint(workdir):
+    files = (workdir / "checkpoints" / "4" / "state").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_evaluation_falls_back_to_a_sound_checkpoint(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    damage_latest_checkpoint(workdir)
+    before = contents(workdir)
+    status, out, err = evaluate("valid", workdir, "--config.eval.checkpoint=latest")
+    assert (status, err) == (0, "")
+    assert "checkpoint 4 is damaged" in out
+    results = json.loads((workdir / "valid_results.json").read_text())
+    assert results["checkpoint_step"] == 2
+    assert {k: v for k, v in contents(workdir).items() if k in before} == before
+
+
+def test_training_falls_back_to_a_sound_checkpoint(trained, train, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    damage_latest_checkpoint(workdir)
+    status, out, err = train(workdir)
+    assert (status, err) == (0, "")
+    assert "checkpoint 4 is damaged" in out
+    assert f"Resuming {workdir} at step 2." in out
+    assert "Done." in out
+    with Checkpoints(workdir / "checkpoints") as a, Checkpoints(trained[0] / "checkpoints") as b:
+        (step, ours), (_, first) = (c.restore_subtree(("params",), "latest") for c in (a, b))
+    assert step == 4
+    same = jax.tree.map(lambda x, y: x.tobytes() == y.tobytes(), ours, first)
+    assert all(jax.tree.leaves(same))
+
+
+def test_unknown_words_become_unk_with_a_count(train, tmp_path):
+    # With <unk> the vocabulary is as large as that of the other tests: nothing compiles anew.
+    texts = {"train": "the cat sat on the\n" * 20, "valid": "the dog saw the dog bark\n"}
+    text = write_text(tmp_path / "text", **texts, test="a cow\n")
+    workdir = tmp_path / "run"
+    status, out, err = train(workdir, data__dir=text)
+    assert (status, err) == (0, "")
+    assert re.search(r"Warning: .*valid\.txt: 4 occurrences of 3 different words .*<unk>", out)
+    assert (workdir / "vocab.txt").read_text().splitlines()[-1] == "<unk>"
+    status, out, err = evaluate("eval", workdir)
+    assert (status, err) == (0, "")
+    assert re.search(r"warning: .*test\.txt: 2 occurrences of 2 different words", out)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+COMMAND_LINES = {
+    "--config=configs/nothing.py": r"configs/nothing\.py",
+    "--config=configs/dpfp_delta.py:huge": "unknown preset 'huge': expected one of tiny, small",
+    "--config=configs/dpfp_delta.py:tiny,nopos": "unknown option 'nopos': expected no_pos, skip",
+    "--config=configs/dpfp_delta.py:tiny,d_model=x": "'d_model=x': expected a int such as 128",
+    "--config=configs/transformer.py:tiny,carry_over_fast_weight": "no meaning for softmax",
+    "--config.model.d_modell=3": "d_modell",
+    "--config.modell.d_model=3": "modell",
+    "--config.model.d_model=abc": "d_model",
+    "--config.model.d_model=1.5": "d_model",
+    "--config.train.lr=fast": "lr",
+    "--config.model.no_pos=perhaps": "no_pos",
+    "--config.model.cutoffs=(1,": "cutoffs",
+    "--config.model.feature_map=exp": "'exp': expected one of elu, favor, dpfp",
+    "--config.model.dtype=float16": "'float16': expected one of float32, bfloat16",
+    "--config.model.mem_len=4": "mem_len is the memory of transformer_xl",
+    "--config.model.d_model=15": "d_model must be even",
+    "--config.train.scheduler=linear": "'linear': expected one of cosine, inv_sqrt, constant",
+    "--config.train.batch_size=5": r"train\.batch_size=5 does not split evenly over 2 devices",
+    "--config.train.batch_size=0": r"train\.batch_size=0",
+    "--config.train.eval_batch_size=3": r"eval_batch_size=3 does not split evenly over 2 devices",
+    "--config.train.batch_chunk=3": "batch_chunk=3 does not divide the 2 rows",
+    "--config.train.batch_chunk=0": "batch_chunk=0 does not divide",
+    "--config.train.tgt_len=0": r"tgt_len must be at least 1, got 0",
+    "--config.train.max_step=0": r"max_step must be at least 1, got 0",
+    "--config.train.tgt_len=1000": "has 140 tokens, but batch_size 4 rows of tgt_len 1000",
+    "--config.data.dir=/nowhere": "There is no folder /nowhere",
+    "--config.data.dir= --config.data.name=wikitext103": r"--config\.data\.dir",
+    "--config.data.dir= --config.data.name=wiki": "Unknown config.data.name 'wiki'; choose one of",
+    "--no_such_flag=1": "no_such_flag",
+    "--mode=test": r"test.*train\|valid\|eval|test.*train, valid, eval",
+    "valid": "unknown argument 'valid'",
+}
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_a_wrong_command_line_makes_no_workdir(train, place, tmp_path, line):
+    before = contents(place / "text")
+    refused(train(tmp_path / "run", *line.split(" ")), COMMAND_LINES[line])
+    assert not list(tmp_path.iterdir())
+    assert contents(place / "text") == before
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": None}, "lacks the train split"),
+        ({"valid": None}, "lacks the valid split"),
+        ({"train": ""}, r"train\.txt is empty"),
+        ({"valid": "\n \n"}, r"valid\.txt is empty"),
+        ({"train": b"the \xff\xfe cat\n" * 40}, r"train\.txt is not UTF-8"),
+        (
+            {"train": "too short\n"},
+            "has 3 tokens, but batch_size 4 rows of tgt_len 8 need at least",
+        ),
+    ],
+)
+def test_a_wrong_text_makes_no_workdir(train, tmp_path, splits, message):
+    text = write_text(tmp_path / "text", **splits)
+    refused(train(tmp_path / "run", data__dir=text), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_needs_a_config(tmp_path):
+    result = call(f"--workdir={tmp_path / 'run'}")
+    refused(result, r"needs --config=configs/<variant>\.py, .*dpfp_delta, .*transformer_xl\.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_with_other_settings_lists_each_with_both_values(trained, train):
+    before = contents(trained[0])
+    result = train(trained[0], train__lr=0.5, seed=3, config="configs/linear_delta.py")
+    refused(result, r"holds a run with other settings: ")
+    for difference in (
+        "model.feature_map was 'dpfp' and is now 'elu'",
+        "train.lr was 0.003 and is now 0.5",
+        "seed was 1111 and is now 3",
+    ):
+        assert difference in result[2]
+    assert result[2].count(" and is now ") == 3
+    assert contents(trained[0]) == before
+
+
+def test_resuming_on_another_text_is_refused(trained, train, tmp_path):
+    text = write_text(tmp_path / "text", train="the cat and the hat\n" * 20)
+    before = contents(trained[0])
+    refused(train(trained[0], data__dir=text), r"run on another text: its vocabulary has 6 entries")
+    assert contents(trained[0]) == before
+
+
+def test_a_workdir_that_is_a_file(train, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused(train(workdir), "another --workdir")
+        refused(evaluate("valid", workdir), "holds no run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", ["valid", "eval"])
+def test_evaluation_where_there_is_no_run(tmp_path, mode):
+    refused(call(f"--mode={mode}"), "needs the --workdir of a trained run")
+    refused(evaluate(mode, tmp_path / "run"), "holds no run")
+    refused(evaluate(mode, tmp_path), "holds no run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_of_a_broken_workdir(trained, tmp_path):
+    def broken(name, change):
+        workdir = shutil.copytree(trained[0], tmp_path / name)
+        change(workdir)
+        before = contents(workdir)
+        result = evaluate("valid", workdir)
+        assert contents(workdir) == before
+        return result
+
+    config = json.loads((trained[0] / "config.json").read_text())
+    write = lambda value: lambda w: (w / "config.json").write_text(json.dumps(value))
+    wrong_type = config | {"train": config["train"] | {"tgt_len": "long"}}
+    steps = lambda w: [p for p in (w / "checkpoints").iterdir() if p.name.isdecimal()]
+    harm = lambda w: [(step / "checksums.json").unlink() for step in steps(w)]
+    for name, change, message in [
+        ("no checkpoint", lambda w: shutil.rmtree(w / "checkpoints"), "holds no checkpoint"),
+        ("no sound checkpoint", harm, "No sound checkpoint"),
+        ("no vocabulary", lambda w: (w / "vocab.txt").unlink(), r"no vocabulary file .*vocab\.txt"),
+        ("config cut", lambda w: (w / "config.json").write_text("{"), "not valid JSON"),
+        ("config a list", write([1]), r"config\.json"),
+        ("config of old", write(config | {"older": 1}), "another version .*older"),
+        ("config wrong type", write(wrong_type), r"config\.json.*tgt_len"),
+    ]:
+        refused(broken(name, change), message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=1.0", r"--config\.train\.lr belongs to the training of"),
+        ("model.d_model=8", r"--config\.model\.d_model belongs to the training of"),
+        ("eval.checkpoint=3", r"has no checkpoint 3: choose latest, best or one of \[2, 4\]"),
+        ("eval.checkpoint=first", "'first': expected best, latest or a step"),
+        ("eval.stride=0", "stride must lie between 1 and the window of 8, got 0"),
+        ("eval.stride=9", "stride must lie between 1 and the window of 8, got 9"),
+        ("eval.tgt_len=-1", "window must be at least 1 token, got -1"),
+        ("eval.split_stream=True", "split_stream needs batch_size"),
+        ("eval.batch_size=100 --config.eval.split_stream=True", "too few to score 100 rows"),
+        ("data.dir=/nowhere", "There is no folder /nowhere"),
+        ("eval.no_such=1", "no_such"),
+    ],
+)
+def test_evaluation_with_wrong_settings(trained, override, message):
+    before = contents(trained[0])
+    overrides = f"--config.{override}".split(" ")
+    refused(evaluate("valid", trained[0], *overrides), message)
+    assert contents(trained[0]) == before

@@ -1,0 +1,176 @@
+"""Every variant of the model: causality, memory, parts of the output, dropout, dtypes."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fwm import layers
+from fwm.layers import Dropout
+from fwm.model import LanguageModel, build_config, empty_memory, redraw_projections
+
+B, T, SPLIT, N_TOKEN = 2, 11, 7, 40
+VARIANTS = {
+    "transformer": "",
+    "transformer_xl": "",
+    "linear_sum": "no_pos",
+    "linear_delta": "clamp_len=3",
+    "performer_sum": "clamp_len=3",
+    "performer_delta": "no_pos",
+    "dpfp_sum": "no_pos,attn_normalization=none,scale_output=False",
+    "dpfp_delta": "no_pos",
+    "transformer, no_pos": "no_pos",
+    "linear_delta, output": "no_pos,attn_normalization=output",
+    "dpfp_delta, output_and_key": "no_pos,attn_normalization=output_and_key",
+}
+# Of each kind of mixer; what is tried on these only is the same for the others.
+ONE_OF_EACH = ("transformer", "transformer_xl", "performer_delta", "dpfp_delta, output_and_key")
+SIZES = {
+    "d_model": 16, "n_head": 2, "d_head": 4, "d_inner": 32, "n_layer": 2, "dropout": 0.25,
+    "performer_proj_dim": 4,
+}  # fmt: skip
+
+
+@functools.cache
+def make(variant):
+    """Config and variables; the matrices are large enough for the model to have opinions."""
+    name, options = variant.split(",")[0], VARIANTS[variant]
+    config = importlib.import_module(f"configs.{name}").get_config(f"tiny,{options}".rstrip(","))
+    fields = config.model.to_dict() | SIZES
+    if name == "transformer_xl":
+        fields |= {"mem_len": T + 1, "dropatt": 0.25}
+    if variant == "dpfp_delta":
+        fields |= {"cutoffs": (10, 20)}
+    config = build_config(fields, N_TOKEN)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens, tokens)
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        size = 0.7 if path[0].key == "favor" else 0.2
+        return jnp.asarray(rng.normal(path[-1].key == "scale", size, leaf.shape), jnp.float32)
+
+    return config, jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.integers(0, N_TOKEN, (2, B, T)), jnp.int32))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(variant):
+    config, variables = make(variant)
+    model = LanguageModel(config)
+    half = LanguageModel(dataclasses.replace(config, dtype="bfloat16"))
+
+    @jax.jit
+    def everything(tokens, targets):
+        call = lambda *arguments: model.apply(variables, *arguments)
+        cut = lambda part: (tokens[:, part], targets[:, part])
+        first, memory = call(*cut(slice(0, SPLIT)), empty_memory(config, B))
+        second, memory = call(*cut(slice(SPLIT, T)), memory)
+        out = {
+            "whole": call(tokens, targets),
+            "parts": (jnp.concatenate([first, second], axis=1), memory),
+            "log_probs": model.apply(variables, tokens, method="log_probs")[0],
+        }
+        if variant in ONE_OF_EACH:
+            out["last"] = call(tokens, targets[:, -3:])[0]
+            out["half"] = half.apply(variables, tokens, targets)[0]
+        return out
+
+    tokens, targets = draw()
+    out = everything(tokens, targets)
+    nll, memory = out["whole"]
+    assert nll.shape == (B, T)
+    assert nll.dtype == jnp.float32
+    assert np.ptp(nll) > 0.5  # it has opinions
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    close(jnp.exp(out["log_probs"]).sum(-1), jnp.ones(B))
+    close(-jnp.take_along_axis(out["log_probs"], targets[:, -1:], axis=1), nll[:, -1:])
+    if variant in ONE_OF_EACH:
+        close(out["last"], nll[:, -3:])
+        np.testing.assert_allclose(out["half"], nll, rtol=0, atol=0.1)
+        assert out["half"].dtype == jnp.float32
+        assert np.any(out["half"] != nll)
+
+    # Later tokens change nothing before them, not one bit; and something after them.
+    changed = everything(tokens.at[:, SPLIT:].set((tokens[:, SPLIT:] + 1) % N_TOKEN), targets)
+    np.testing.assert_array_equal(changed["whole"][0][:, :SPLIT], nll[:, :SPLIT])
+    assert np.all(changed["whole"][0][:, SPLIT:] != nll[:, SPLIT:])
+
+    # Carried from an empty memory over two segments: as one call, unless positions restart.
+    assert (memory is None) == (not config.carries_memory)
+    if config.no_pos or config.mixer == "transformer_xl":
+        parts, parts_memory = out["parts"]
+        if config.carries_memory:
+            close(parts, nll)
+        else:
+            assert np.all(parts[:, SPLIT:] != nll[:, SPLIT:])
+        same = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5)
+        jax.tree.map(same, memory, parts_memory)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(memory) == shapes(empty_memory(config, B))
+
+
+@pytest.mark.parametrize("variant", ["transformer_xl", "performer_delta"])
+def test_dropout_of_a_row_depends_on_its_place_alone(variant):
+    config, variables = make(variant)
+    model = LanguageModel(config)
+    tokens, targets = (jnp.concatenate([x, x]) for x in draw())
+
+    @jax.jit
+    def nll(tokens, targets, seed, rows):
+        source = Dropout(jax.random.key(seed), rows)
+        return model.apply(variables, tokens, targets, None, source)[0]
+
+    rows = jnp.arange(2 * B)
+    whole = nll(tokens, targets, 0, rows)
+    np.testing.assert_array_equal(nll(tokens, targets, 0, rows), whole)
+    assert np.all(nll(tokens, targets, 1, rows) != whole)
+    assert np.all(whole[:B] != whole[B:])  # the same text in other rows
+    part = nll(tokens[B - 1 : B + 1], targets[B - 1 : B + 1], 0, rows[B - 1 : B + 1])
+    np.testing.assert_allclose(part, whole[B - 1 : B + 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_rate_and_scale(rate):
+    x = jnp.ones((4, 50, 101))
+    source = Dropout(jax.random.key(3), jnp.arange(4))
+    y = np.asarray(layers.dropout(x, source, 0, rate))
+    scale = 2**16 / round((1 - rate) * 2**16)
+    assert set(np.unique(y)) == {0.0, np.float32(scale)}
+    assert scale == pytest.approx(1 / (1 - rate), rel=1e-4)
+    for row in y:  # within five standard deviations
+        assert np.mean(row == 0) == pytest.approx(
+            rate, abs=5 * (rate * (1 - rate) / row.size) ** 0.5
+        )
+    other_site = np.asarray(layers.dropout(x, source, 1, rate))
+    masks = np.concatenate([y, other_site]).reshape(8, -1) != 0
+    correlations = np.corrcoef(masks) - np.eye(8)
+    assert np.max(np.abs(correlations)) < 5 / masks.shape[1] ** 0.5
+    # Neighbours come from one random word.
+    assert abs(np.corrcoef(masks[:, :-1].ravel(), masks[:, 1:].ravel())[0, 1]) < 0.03
+
+
+def test_no_dropout_is_the_identity():
+    x = jnp.ones((2, 3))
+    assert layers.dropout(x, None, 0, 0.5) is x
+    assert layers.dropout(x, Dropout(jax.random.key(0), jnp.arange(2)), 0, 0.0) is x
+
+
+def test_redrawn_projections_fit_and_change():
+    config, variables = make("performer_sum")
+    drawn = [redraw_projections(config, jax.random.key(seed)) for seed in (0, 0, 1)]
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(drawn[0]["favor"]) == shapes(variables["favor"])
+    first, again, other = (np.asarray(jax.tree.leaves(d)[0]) for d in drawn)
+    np.testing.assert_array_equal(first, again)
+    assert np.all(first != other)
+    assert np.all(first[0] != first[1])  # each layer has its own
+    assert redraw_projections(make("linear_sum")[0], jax.random.key(0)) == {}
