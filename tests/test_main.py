@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import main
 from configs import default
+from fwm import evaluate as evaluation
 from fwm.checkpoint import Checkpoints
 
 # ml_collections loads a config file in this way.
@@ -187,6 +189,48 @@ def test_a_chosen_checkpoint_and_protocol(trained, tmp_path):
 
 
 # --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_an_interrupted_evaluation_goes_on_to_the_same_total(trained, tmp_path, monkeypatch, carry):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    (workdir / "valid_results.json").unlink(missing_ok=True)
+    if carry:
+        saved = json.loads((workdir / "config.json").read_text())
+        saved["train"]["carry_over_fast_weight"] = True
+        (workdir / "config.json").write_text(json.dumps(saved))
+    arguments = ("valid", workdir, "--config.eval.batch_size=4", "--config.eval.tgt_len=4")
+    whole = evaluate(*arguments)
+    assert whole[0] == 0
+    expected = json.loads((workdir / "valid_results.json").read_text())
+    (workdir / "valid_results.json").unlink()
+
+    name = "_carry" if carry else "_slide"
+    parts = getattr(evaluation, name)
+
+    def interrupted(*given, **options):
+        yield from itertools.islice(parts(*given, **options), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, name, interrupted)
+        status, out, _ = evaluate(*arguments)
+    assert status == 130
+    assert "PARTIAL perplexity" in out
+    assert not (workdir / "valid_results.json").exists()
+
+    status, out, _ = evaluate(*arguments)
+    assert status == 0
+    assert "going on after" in out
+    results = json.loads((workdir / "valid_results.json").read_text())
+    assert results["mean_nll"] == expected["mean_nll"]
+    assert results["tokens"] == expected["tokens"]
+    assert not list(workdir.glob("*partial*"))
+    # Other settings start from the beginning.
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, name, interrupted)
+        evaluate(*arguments)
+    assert "going on" not in evaluate(*arguments[:-1], "--config.eval.tgt_len=5")[1]
 
 
 def damage_latest_checkpoint(workdir):
@@ -379,7 +423,8 @@ def test_evaluation_of_a_broken_workdir(trained, tmp_path):
         ("eval.checkpoint=first", "'first': expected best, latest or a step"),
         ("eval.stride=0", "stride must lie between 1 and the window of 8, got 0"),
         ("eval.stride=9", "stride must lie between 1 and the window of 8, got 9"),
-        ("eval.tgt_len=-1", "window must be at least 1 token, got -1"),
+        ("eval.tgt_len=-1", r"config\.eval\.tgt_len must be 0 or more, got -1"),
+        ("eval.batch_size=-1", r"config\.eval\.batch_size must be 0 or more, got -1"),
         ("eval.split_stream=True", "split_stream needs batch_size"),
         ("eval.batch_size=100 --config.eval.split_stream=True", "too few to score 100 rows"),
         ("data.dir=/nowhere", "There is no folder /nowhere"),
