@@ -1,6 +1,6 @@
 """Time and temporary memory of the adaptive softmax and embedding at WikiText-103's size.
 
-    python benchmarks/adaptive.py                    prints a table, writes benchmarks/results/
+    python -m benchmarks.adaptive                   prints a table, writes benchmarks/results/
 
 The softmax, forward and backward, is compared with its head alone: the same code with a vocabulary
 of 20,000 words. Targets are drawn from WikiText-103's shape: 103.2 million tokens, the rarest of

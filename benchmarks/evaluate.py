@@ -1,7 +1,7 @@
 """Windows per second of the exact evaluator, for every variant at `small`.
 
-    python benchmarks/evaluate.py                    all variants
-    python benchmarks/evaluate.py --variants transformer --windows 512
+    python -m benchmarks.evaluate                    all variants
+    python -m benchmarks.evaluate --variants transformer --windows 512
 
 Next to it, in the same run and alternating: the official way in the same framework (one window at
 a time, all positions through the softmax), and the bound of the FLOPs that the windows need (the
@@ -20,14 +20,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import common  # noqa: E402  the folder is no package
-from train_step import VARIANTS, tokens_like_wikitext  # noqa: E402
-
-from fwm.evaluate import sliding_window  # noqa: E402
-from fwm.model import LanguageModel, ModelConfig, build_config  # noqa: E402
+from benchmarks import common
+from benchmarks.train_step import VARIANTS, tokens_like_wikitext
+from fwm.evaluate import sliding_window
+from fwm.model import LanguageModel, ModelConfig, build_config
 
 TEST_TOKENS = 245_569
 
@@ -102,8 +98,12 @@ def main() -> None:
             print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
         print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
         rows.append(row)
-    result = {"command": " ".join(sys.argv), **common.environment(), "rows": rows}
-    path = ROOT / "benchmarks" / "results" / f"evaluate_{common.device_name()}.json"
+    result = {
+        "command": " ".join(["python -m benchmarks.evaluate", *sys.argv[1:]]),
+        **common.environment(),
+        "rows": rows,
+    }
+    path = Path(__file__).parent / "results" / f"evaluate_{common.device_name()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

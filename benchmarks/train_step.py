@@ -1,7 +1,7 @@
 """Training throughput of every variant, next to its FLOPs and this machine's own matmul peak.
 
-    python benchmarks/train_step.py                          small and medium, all variants
-    python benchmarks/train_step.py --preset small --variants linear_delta --batches 16
+    python -m benchmarks.train_step                          small and medium, all variants
+    python -m benchmarks.train_step --preset small --variants linear_delta --batches 16
 
 One step is everything: dropout, forward, backward, clipping, Adam, on tokens with WikiText-103's
 shares of the adaptive softmax's clusters. Steps and the matmul alternate; figures are medians.
@@ -20,14 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import common  # noqa: E402  the folder is no package
-
-from fwm.model import LanguageModel, build_config  # noqa: E402
-from fwm.optimizer import adam, learning_rate  # noqa: E402
-from fwm.train import Batch, init_state, train_step  # noqa: E402
+from benchmarks import common
+from fwm.model import LanguageModel, build_config
+from fwm.optimizer import adam, learning_rate
+from fwm.train import Batch, init_state, train_step
 
 VARIANTS = (
     "transformer", "transformer_xl", "linear_sum", "linear_delta", "performer_sum",
@@ -111,8 +107,12 @@ def main() -> None:
                         print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
                     print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
                     rows.append(row)
-    result = {"command": " ".join(sys.argv), **common.environment(), "rows": rows}
-    path = ROOT / "benchmarks" / "results" / f"train_step_{common.device_name()}.json"
+    result = {
+        "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
+        **common.environment(),
+        "rows": rows,
+    }
+    path = Path(__file__).parent / "results" / f"train_step_{common.device_name()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
