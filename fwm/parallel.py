@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from fwm.errors import UserError
 
@@ -40,12 +39,6 @@ def mean(tree: Any) -> Any:
 def total(tree: Any) -> Any:
     """Sum over the devices; call inside a pmapped function."""
     return jax.lax.psum(tree, AXIS)
-
-
-def rows(batch: int) -> Int[Array, " B"]:
-    """Indices in the global batch of this device's `batch` rows; call inside a pmapped function."""
-    first = jax.lax.axis_index(AXIS) * batch
-    return first + jnp.arange(batch)
 
 
 def _sharding() -> NamedSharding:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import requests
 import tensorflow_datasets as tfds
@@ -109,7 +109,7 @@ class FwmText(tfds.core.GeneratorBasedBuilder):
     """The corpora of `ARCHIVES` as records of about a megabyte of text, in order."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ARCHIVES]  # noqa: RUF012
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in ARCHIVES]
 
     @tfds.core.utils.classproperty
     @classmethod

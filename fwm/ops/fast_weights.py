@@ -251,6 +251,8 @@ def _backward(dm, kept, tokens, dout):
     reads = jnp.tril(_matmul_t(q, k))
     dwritten, dm_reads = _matmul(dout_t, reads), _matmul(dout_t, q)
     if beta is None:
+        # Exact also for a memory that was carried in: `before` holds it. The official CUDA kernel
+        # restarts from zeros here, so that its dq lacks the carried part.
         dm, after = _scan_chunks(lambda dm, d: (dm + d, dm), dm, dm_reads, reverse=True)
         dv, dbeta = (dwritten + _matmul_t(after, k)).mT, None
         dreads = jnp.tril(_matmul_t(dout, v))

@@ -18,14 +18,11 @@ def dpfp(x: Float[Array, "*batch D"], n_roll: int) -> Float[Array, "*batch F"]:
 
     With z = [relu(x), relu(-x)], feature j of part i = 1 ... n_roll is z_j z_(j-i), indices cyclic.
     The features of one vector can all be zero when n_roll = 1 and D is odd.
-    Raises UserError when n_roll is outside 1 ... 2 D - 1.
+    From n_roll = 2 D on parts repeat, as they do in the official code.
+    Raises UserError when n_roll is below 1.
     """
-    width = 2 * x.shape[-1]
-    if not 1 <= n_roll < width:
-        raise UserError(
-            f"dpfp got n_roll={n_roll}; with vectors of size {x.shape[-1]} choose from 1 to "
-            f"{width - 1}."
-        )
+    if n_roll < 1:
+        raise UserError(f"dpfp got n_roll={n_roll}: choose 1 or more.")
     z = jax.nn.relu(jnp.concatenate([x, -x], axis=-1))
     return jnp.concatenate([z * jnp.roll(z, i, axis=-1) for i in range(1, n_roll + 1)], axis=-1)
 

@@ -55,9 +55,17 @@ def test_all_zero_dpfp_gives_zeros():
     np.testing.assert_array_equal(gradient[0], 0.0)
 
 
-@pytest.mark.parametrize("n_roll", [0, 8])
+def test_dpfp_rolls_more_than_once_around():
+    # The official code runs with n_roll = 9 and d_head = 4 (eight places to roll over).
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    z = np.maximum(np.concatenate([x, -x], axis=-1), 0)
+    expected = [[row[j] * row[(j - i) % 8] for i in range(1, 10) for j in range(8)] for row in z]
+    np.testing.assert_allclose(dpfp(x, 9), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_roll", [0, -1])
 def test_dpfp_refuses_n_roll(n_roll):
-    with pytest.raises(UserError, match="choose from 1 to 7"):
+    with pytest.raises(UserError, match="choose 1 or more"):
         dpfp(jnp.ones((2, 4)), n_roll)
 
 
