@@ -334,7 +334,10 @@ class LanguageModel(nn.Module):
             return Block(c, parent=None).apply(variables, x, carried, shared, source, last)
 
         if last is None:
-            x, carried = jax.lax.scan(layer, x, stacked)
+            keep = jax.checkpoint_policies.save_only_these_names(*layers.KEPT)
+            # In a scan nothing can merge the second computation with the first (prevent_cse).
+            kept = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+            x, carried = jax.lax.scan(kept, x, stacked)
         else:
             # The last layer computes what its last positions need and nothing more.
             x, carried = jax.lax.scan(layer, x, jax.tree.map(lambda leaf: leaf[:-1], stacked))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fwm.errors import UserError
@@ -135,7 +136,7 @@ def _rule_forward(plan, weights, q, k, v, beta, keep=True):
     def step(carry, group):
         m, out = carry
         m, part, kept = _forward(m, jax.tree.map(partial(_cut, plan, group), tokens))
-        return (m, _put(plan, group, out, part)), kept if keep else None
+        return (m, _put(plan, group, out, part)), checkpoint_name(kept, "memory") if keep else None
 
     start = (weights.mT.reshape(-1, *weights.mT.shape[2:]), jnp.zeros_like(tokens[2]))
     (m, out), kept = jax.lax.scan(step, start, jnp.arange(plan.n_group))
