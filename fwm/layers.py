@@ -57,8 +57,13 @@ def dropout(x: Array, source: Dropout | None, site: int, rate: float) -> Array:
     """
     if source is None or rate == 0.0:
         return x
-    keep = _keep(source, site, rate, x.shape)
-    return jnp.where(keep, x * jnp.asarray(_scale(rate), x.dtype), jnp.zeros((), x.dtype))
+    return _masked(x, _keep(source, site, rate, x.shape), _scale(rate))
+
+
+def _masked(x: Array, keep: Array, scale: float) -> Array:
+    # A product, not a where: XLA lifts the where's zeros out of the loop over layers and keeps
+    # them in memory, as many as x has elements.
+    return x * (keep.astype(x.dtype) * jnp.asarray(scale, x.dtype))
 
 
 def _threshold(rate: float) -> int:
@@ -368,7 +373,7 @@ def _feed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
 def _feed_forward_forward(scale, x, keep, w_1, b_1, w_2, b_2):
     y = nn.relu(x @ w_1.astype(x.dtype) + b_1.astype(x.dtype)[None])
     if keep is not None:
-        y = jnp.where(keep, y * jnp.asarray(scale, y.dtype), jnp.zeros((), y.dtype))
+        y = _masked(y, keep, scale)
     y = checkpoint_name(y, "inner")
     out = y @ w_2.astype(x.dtype) + b_2.astype(x.dtype)[None]
     return out, (x, y, w_1, w_2)
@@ -384,8 +389,7 @@ def _feed_forward_backward(scale, residuals, dout):
 
     def part(sums, tokens):
         x, y, dout = tokens
-        dy = jnp.einsum("md,fd->mf", dout, w_2.astype(x.dtype))
-        dy = jnp.where(y > 0, dy * jnp.asarray(scale, y.dtype), jnp.zeros((), y.dtype))
+        dy = _masked(jnp.einsum("md,fd->mf", dout, w_2.astype(x.dtype)), y > 0, scale)
         dx = jnp.einsum("mf,df->md", dy, w_1.astype(x.dtype))
         dw_1, dw_2 = over_tokens(x, dy), jax.lax.optimization_barrier(over_tokens(dout, y))
         db_1, db_2 = (jnp.sum(g, axis=0, dtype=dw_1.dtype) for g in (dy, dout))
@@ -393,7 +397,7 @@ def _feed_forward_backward(scale, residuals, dout):
         return new if sums is None else jax.tree.map(jnp.add, sums, new), dx
 
     # A large batch by parts: dy is the widest array of the backward pass.
-    n_part = -(-len(x) // 8192)
+    n_part = -(-len(x) // 4096)
     if n_part == 1 or len(x) % n_part:
         sums, dx = part(None, (x, y, dout))
     else:

@@ -51,7 +51,9 @@ def plain(params, x, source, rate):
     return layers.dropout(out, source, layers.OUTER_SITE, rate)
 
 
-@pytest.mark.parametrize("length", [6, 3000, 2057], ids=["one part", "two parts", "no even parts"])
+@pytest.mark.parametrize(
+    "length", [6, 3000, 2057], ids=["one part", "three parts", "no even parts"]
+)
 @pytest.mark.parametrize("source", [None, ROWS], ids=["evaluation", "dropout"])
 def test_feed_forward_and_its_gradients(source, length):
     x = jax.random.normal(jax.random.key(0), (4, length, 8))

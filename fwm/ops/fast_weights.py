@@ -5,7 +5,7 @@ Within a chunk of C tokens that starts from W, with S the strictly lower part of
     (I + S) U = diag(beta) (V - K W)        out = Q W + tril(Q K^T) U        W' = W + K^T U
 
 (Yang et al. 2024, arXiv 2406.06484); the sum rule is the same with U = V. The backward pass is
-written by hand: of the states it keeps those at the borders of the chunks only.
+written by hand: of the states it keeps those at the borders of groups of chunks only.
 """
 
 from collections.abc import Callable
@@ -86,11 +86,11 @@ class _Plan(NamedTuple):
 def _plan(length: int, n_key: int, n_value: int, delta: bool, chunk_size: int | None) -> _Plan:
     """The fastest cut known, from the measurements of `benchmarks/ops.py`.
 
-    | backend | rule  | tokens per chunk      | chunks per group                     |
-    |---------|-------|-----------------------|--------------------------------------|
-    | CPU     | sum   | 32                    | 1: what a group needs stays in cache |
-    | CPU     | delta | 16, from V = 64 on 32 | 1                                    |
-    | others  | both  | 64 (not yet measured) | all: only the memory is sequential   |
+    | backend | rule  | tokens per chunk      | chunks per group                        |
+    |---------|-------|-----------------------|-----------------------------------------|
+    | CPU     | sum   | 32                    | 1: what a group needs stays in cache    |
+    | CPU     | delta | 16, from V = 64 on 32 | 2: half the number of groups and states |
+    | others  | both  | 64 (not yet measured) | all: only the memory is sequential      |
 
     Without a gradient on CPU, the delta rule of a small memory runs token by token (K <= 32 and
     K V <= 1024): the memory stays in the cache, and the plain recurrence has the least arithmetic.
@@ -109,7 +109,8 @@ def _plan(length: int, n_key: int, n_value: int, delta: bool, chunk_size: int | 
     n_chunk = -(-length // size)
     small = n_key <= 32 and n_key * n_value <= 1024
     token_by_token = cpu and delta and chunk_size is None and small
-    return _Plan(*((n_chunk, 1) if cpu else (1, n_chunk)), size, token_by_token)
+    per_group = min(2 if delta else 1, n_chunk) if cpu else n_chunk
+    return _Plan(-(-n_chunk // per_group), per_group, size, token_by_token)
 
 
 def _by_chunks(q, k, v, beta, weights, chunk_size):
@@ -223,6 +224,7 @@ def _forward(m, tokens):
     """One group: the memory after it, its outputs, and what its backward pass needs."""
     q, k, v, beta = jax.tree.map(lambda x: x.astype(m.dtype), tokens)
     reads = jnp.tril(_matmul_t(q, k))
+    start = m
     if beta is None:
         written = _copy_t(v)
         m, before = _scan_chunks(lambda m, d: (m + d, m), m, _matmul(written, k))
@@ -240,7 +242,7 @@ def _forward(m, tokens):
         # What each token finds wrong: written = beta * errors, but beta may be 0.
         errors = v.mT - _matmul_t(before, k) - _matmul_t(written, overlaps)
     out = _matmul_t(before, q) + _matmul_t(written, reads)
-    return m, out.mT, (before, inverse, errors)
+    return m, out.mT, (start, inverse, errors)
 
 
 def _backward(dm, kept, tokens, dout):
@@ -248,9 +250,11 @@ def _backward(dm, kept, tokens, dout):
     q, k, v, beta = jax.tree.map(lambda x: x.astype(dm.dtype), tokens)
     dout = dout.astype(dm.dtype)
     dout_t = _copy_t(dout)
-    before, inverse, errors = kept
+    start, inverse, errors = kept
     reads = jnp.tril(_matmul_t(q, k))
     dwritten, dm_reads = _matmul(dout_t, reads), _matmul(dout_t, q)
+    written = _copy_t(v) if beta is None else beta.mT * errors
+    before = _borders(start, written, k)
     if beta is None:
         # Exact also for a memory that was carried in: `before` holds it. The official CUDA kernel
         # restarts from zeros here, so that its dq lacks the carried part.
@@ -261,8 +265,6 @@ def _backward(dm, kept, tokens, dout):
         left, right = [dreads.mT, v], [q, after]
         dk = _matmul(jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=-2))
         return dm, (dq, dk, dv, dbeta)
-
-    written = beta.mT * errors
 
     def step(dm, chunk):
         k, beta, inverse, dwritten, dm_reads = chunk
@@ -284,6 +286,13 @@ def _backward(dm, kept, tokens, dout):
     right = [q, k, after]
     dk = _matmul(jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=-2))
     return dm, (dq, dk + both[..., size:, size:], dv, dbeta)
+
+
+def _borders(start, written, k):
+    """The memory before each chunk of a group, from the one before the first."""
+    if len(k) == 1:
+        return start[None]
+    return _scan_chunks(lambda m, d: (m + d, m), start, _matmul(written, k))[1]
 
 
 def _scan_chunks(step, carry, chunks, reverse=False):
