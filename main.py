@@ -2,7 +2,11 @@
 
 python main.py --config=configs/dpfp_delta.py          train, resume
 python main.py --mode=valid --workdir=runs/a           exact perplexity, validation split
-python main.py --mode=eval  --workdir=runs/a           the same, test split
+python main.py --mode=eval  --workdir=runs/a           the same, test split; or valid,eval
+python main.py --mode=retrieval --config=configs/retrieval.py:capacity    synthetic experiments
+
+One of several processes: --coordinator_address=host:port --num_processes=4 --process_id=0,
+or --coordinator_address=auto, which takes all three from Slurm's or Open MPI's environment.
 """
 
 import sys
@@ -14,11 +18,15 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
-from fwm import evaluate, train
+from fwm import evaluate, parallel, retrieval, train
 from fwm.errors import UserError
 
-MODE = flags.DEFINE_enum("mode", "train", ["train", "valid", "eval"], "What to do.")
+MODES = ["train", "valid", "eval", "valid,eval", "retrieval"]
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; by default runs/<job name>.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, or auto.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "A variant: configs/<variant>.py:options.")
 
 # What an evaluation may change; everything else is the run's own.
@@ -26,9 +34,21 @@ FREE_FIELDS = ("data.", "eval.", "report.", "model.dtype")
 
 
 def job_name(config: ConfigDict) -> str:
-    """`report.job_name`, or the hyper-parameters that matter, as in the official toolkit."""
-    if config.report.job_name:
-        return config.report.job_name
+    """`report.job_name`, or the hyper-parameters that matter, as in the official toolkit.
+
+    Raises:
+        UserError: it is a path, which might lead anywhere.
+    """
+    name = config.report.job_name or _describe(config)
+    if Path(name).name != name or name == "..":
+        raise UserError(
+            f"the job name {name!r} is a path: expected the name of one folder; choose another "
+            "config.report.job_name, or say with --workdir where the run shall lie."
+        )
+    return name
+
+
+def _describe(config: ConfigDict) -> str:
     m, t = config.model, config.train
     parts = [config.data.name.replace(":", "-"), m.mixer]
     if m.mixer == "fast_weight":
@@ -64,7 +84,12 @@ def parse(argv: list[str]) -> ConfigDict:
         variants = sorted(p.stem for p in Path(default.__file__).parent.glob("*.py"))
         raise UserError(
             "--mode=train needs --config=configs/<variant>.py, the variant one of "
-            f"{', '.join(v for v in variants if v != 'default')}."
+            f"{', '.join(v for v in variants if v not in ('default', 'retrieval'))}."
+        )
+    if (MODE.value == "retrieval") != ("setting" in CONFIG.value):
+        raise UserError(
+            "--mode=retrieval and --config=configs/retrieval.py:capacity or :update_rule belong "
+            f"together, but the mode is {MODE.value}: give both or neither."
         )
     return CONFIG.value
 
@@ -119,6 +144,14 @@ def config_of_run(workdir: Path, overrides: dict[str, Any]) -> ConfigDict:
 def dispatch(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
     config = parse(argv)
+    if COORDINATOR.value or PROCESSES.value is not None or PROCESS.value is not None:
+        if MODE.value != "train":
+            raise UserError(
+                f"--mode={MODE.value} runs in one process: leave the others' flags out."
+            )
+        parallel.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if MODE.value == "retrieval":
+        return retrieval.run(config, Path(WORKDIR.value or f"runs/retrieval-{config.setting}"))
     workdir = Path(WORKDIR.value or Path("runs", job_name(config)))
     if MODE.value != "train":
         if not WORKDIR.value:
@@ -134,8 +167,8 @@ def dispatch(argv: list[str]) -> int:
     jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir, "xla")))
     if MODE.value == "train":
         return train.run(config, workdir)
-    results = evaluate.run(config, workdir, "valid" if MODE.value == "valid" else "test")
-    return 130 if results is None else 0  # interrupted
+    splits = ["test" if mode == "eval" else mode for mode in MODE.value.split(",")]
+    return 130 if evaluate.run(config, workdir, splits) is None else 0  # 130: interrupted
 
 
 def main(argv: list[str]) -> int:
@@ -145,6 +178,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # Before training began, or the second one.
+        print("Interrupted: nothing was saved after the last checkpoint.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Write a text with the shape of WikiText-103 into a folder: its size, words and lines.
 
-    python benchmarks/make_text.py FOLDER
+    python -m benchmarks.make_text FOLDER
 
 103,227,021 tokens with one <eos> per line; 267,735 symbols, each at least three times in the
 training split; word frequencies by a Zipf law; paragraphs, headings and blank lines.
 """
 
+import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +77,9 @@ def write(path: Path, rng: np.random.Generator, vocabulary: np.ndarray, tokens: 
 
 def main() -> None:
     """Write the three splits."""
-    if len(sys.argv) != 2:
-        sys.exit("Usage: python benchmarks/make_text.py FOLDER")
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
     os.makedirs(folder, exist_ok=True)
     rng = np.random.default_rng(0)
     vocabulary = words(rng)

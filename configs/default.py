@@ -69,12 +69,13 @@ def defaults() -> ConfigDict:
     c.train.eval_interval = 4000  # updates between validations, each with a checkpoint
     c.train.eval_batch_size = 10  # rows of the quick validation
     c.train.log_interval = 200  # updates between lines of the log
+    c.train.nan_policy = "stop"  # stop, skip: what a loss or gradient does that is not finite
 
     c.eval = ConfigDict()
     c.eval.batch_size = 0  # windows at once; 0: chosen from the memory they need
     c.eval.tgt_len = 0  # window or segment, tokens; 0: as in training
     c.eval.stride = 1  # positions that each window scores
-    c.eval.checkpoint = "best"  # best, latest, or a step
+    c.eval.checkpoint = "best"  # best, latest, or a step; several: best,latest,1000
     c.eval.split_stream = False  # cut the stream into batch_size rows, as the official evaluator
     c.eval.mem_len = 0  # transformer_xl: memory in evaluation; 0: as in training
     c.eval.clamp_len = 0  # in evaluation, where > 0

@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -427,7 +428,12 @@ class Checkpoints:
         for path in list(self._directory.iterdir()):
             unfinished = path.name.isdecimal() and self._unfinished(int(path.name))
             if unfinished or ".orbax-checkpoint-tmp" in path.name:
-                shutil.rmtree(path)
+                # Threads of a write that failed may still be at it, for a moment.
+                for _ in range(100):
+                    shutil.rmtree(path, ignore_errors=True)
+                    if not path.exists():
+                        break
+                    time.sleep(0.01)
         (self._directory / SAVING).unlink(missing_ok=True)
 
     def _set_damaged_aside(self) -> None:

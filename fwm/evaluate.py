@@ -12,7 +12,7 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,11 @@ def automatic_batch_size(config: ModelConfig, window: int) -> int:
     scores = 2 * c.n_head * window if c.mixer == "softmax" else 0
     floats = window * (2 * c.d_inner + 8 * c.d_model + c.n_head * (6 * c.n_feature) + scores)
     stats = jax.local_devices()[0].memory_stats()
-    # A CPU tells no limit, and more than what fits its caches makes it no faster.
-    budget = stats["bytes_limit"] // 4 if stats and "bytes_limit" in stats else 64 * 2**20
-    return max(1, min(512, budget // (4 * floats)))
+    if not stats or "bytes_limit" not in stats:
+        # A CPU tells no limit. Measured at `small`: 8 windows of 256 tokens are faster than 4,
+        # whose matmuls are short, and than 16, which do not fit the caches.
+        return max(1, min(512, 2048 // window))
+    return max(1, min(512, stats["bytes_limit"] // 4 // (4 * floats)))
 
 
 def sliding_window(
@@ -334,16 +336,37 @@ def _load_partial(path: Path, key: dict, memory: Any) -> Partial | None:
 
 
 def run(
-    config: Any, workdir: Path, split: str, report: Callable[[str], None] = print
-) -> dict | None:
-    """Score `split` with a checkpoint of `workdir` and write `<split>_results.json` there.
+    config: Any, workdir: Path, splits: Sequence[str], report: Callable[[str], None] = print
+) -> list[dict] | None:
+    """Score `splits` with the checkpoints `config.eval.checkpoint` of `workdir`.
 
+    Writes `<split>_results.json` there; of several checkpoints `<split>_results_<step>.json`.
     Totals are saved every minute: an evaluation that was killed or interrupted (None is returned
     then) goes on from there, to exactly the same total.
 
     Raises:
         UserError: no run in workdir, no such checkpoint, no text for the split.
     """
+    names = config.eval.checkpoint.split(",")
+    for which in names:
+        if which not in ("best", "latest") and not which.isdecimal():
+            raise UserError(
+                f"config.eval.checkpoint={which!r}: expected best, latest or a step, or several "
+                "with commas between them."
+            )
+    results = []
+    for split in splits:
+        for which in names:
+            result = _run_one(config, workdir, split, which, len(names) > 1, report)
+            if result is None:
+                return None
+            results.append(result)
+    return results
+
+
+def _run_one(
+    config: Any, workdir: Path, split: str, which: str, several: bool, report: Callable[[str], None]
+) -> dict | None:
     c = config
     vocab = data.Vocabulary.load(workdir / "vocab.txt")
     corpus = data.load(
@@ -361,13 +384,9 @@ def run(
     for name in ("batch_size", "tgt_len", "mem_len", "clamp_len"):
         if c.eval[name] < 0:
             raise UserError(f"config.eval.{name} must be 0 or more, got {c.eval[name]}.")
-    which = c.eval.checkpoint
-    if which not in ("best", "latest") and not which.isdecimal():
-        raise UserError(f"config.eval.checkpoint={which!r}: expected best, latest or a step.")
+    wanted: Any = int(which) if which.isdecimal() else which
     with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
-        step, variables = checkpoints.restore_subtree(
-            ("params", "favor"), int(which) if which.isdecimal() else which
-        )
+        step, variables = checkpoints.restore_subtree(("params", "favor"), wanted)
     variables = {"params": variables["params"], **(variables["favor"] or {})}
 
     carried = c.train.carry_over_fast_weight or c.model.mixer == "transformer_xl"
@@ -394,7 +413,8 @@ def run(
     done = _load_partial(path, key, empty_memory(model_config, rows) if carried else None)
     if done is not None:
         report(f"{split}: going on after {done.score.count} of {done.expected} tokens.")
-    score = _watched(score_by(done=done), done, path, key, split, report)
+    unit = "tokens" if carried else "windows"
+    score = _watched(score_by(done=done), done, path, key, split, unit, report)
     if score is None:
         return None
     path.unlink(missing_ok=True)
@@ -414,7 +434,7 @@ def run(
         "seconds": round(time.monotonic() - started, 3),
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
     }
-    path = workdir / f"{split}_results.json"
+    path = workdir / f"{split}_results{f'_{step}' if several else ''}.json"
     write_json(path, results)
     unit = "character" if corpus.unit == "character" else "token"
     report(
@@ -430,11 +450,12 @@ def _watched(
     path: Path,
     key: dict,
     split: str,
+    unit: str,
     report: Any,
 ) -> Score | None:
     """The score at the end; reports every ten seconds, saves every minute, None after Ctrl-C."""
     started = said = saved = time.monotonic()
-    before = done.score.count if done else 0
+    before = done.position if done else 0
     partial = done
     try:
         for partial in partials:
@@ -445,10 +466,11 @@ def _watched(
                 _save_partial(path, key, partial)
             if now - said >= 10.0:
                 said = now
-                speed = (score.count - before) / (now - started)
-                left = (partial.expected - score.count) / speed
+                speed = (partial.position - before) / (now - started)
+                share = score.count / partial.expected
+                left = partial.position * (1 / share - 1) / speed
                 report(
-                    f"{split}: {score.count} of {partial.expected} tokens, {speed:.0f} a second, "
+                    f"{split}: {score.count} of {partial.expected} tokens, {speed:.1f} {unit}/s, "
                     f"perplexity so far {score.perplexity:.2f}, {left:.0f} s left"
                 )
     except KeyboardInterrupt:

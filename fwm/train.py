@@ -5,12 +5,13 @@ the step alone, so a run that is resumed from a checkpoint goes on exactly as if
 """
 
 import functools
+import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class TrainState(NamedTuple):
         opt_state: Adam's moments.
         favor: the last FAVOR+ projections as variables, {} for models without.
         memory: what the next segment starts from, None unless it is carried over.
+        skipped: updates dropped for numbers that are not finite: in total, and in a row.
     """
 
     step: Int[Array, ""]
@@ -47,6 +49,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     favor: Any
     memory: Any
+    skipped: Int[Array | np.ndarray, "2"] = np.zeros(2, np.int32)
 
 
 class Batch(NamedTuple):
@@ -69,7 +72,13 @@ def init_state(
     memory = empty_memory(model.config, memory_rows) if memory_rows else None
     step = jnp.zeros((), jnp.int32)
     return TrainState(
-        step, jax.random.key_data(rng), params, optimizer.init(params), variables, memory
+        step,
+        jax.random.key_data(rng),
+        params,
+        optimizer.init(params),
+        variables,
+        memory,
+        jnp.zeros(2, jnp.int32),
     )
 
 
@@ -81,8 +90,9 @@ def train_step(
     batch: Batch,
     *,
     batch_chunk: int = 1,
+    skip: bool = False,
     average: Callable[[Any], Any] = lambda tree: tree,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+) -> tuple[TrainState, dict[str, Array]]:
     """One update on the mean nll of the batch.
 
     Args:
@@ -93,10 +103,13 @@ def train_step(
         batch: rows of this device.
         batch_chunk: equal parts of the rows that are computed one after another, their gradients
             averaged; the result is the same, the memory smaller.
+        skip: drop an update (parameters, moments, memory) whose loss or gradient is not finite;
+            the rates of later updates then count from the updates made.
         average: over the devices.
 
     Returns:
-        The state after the step; loss (nats per token), grad_norm before clipping, learning_rate.
+        The state after the step; loss (nats per token), grad_norm before clipping, learning_rate,
+        and with `skip` the state's `skipped`.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     favor_key, dropout_key = jax.random.split(key)
@@ -111,7 +124,7 @@ def train_step(
         nll, memory = model.apply(
             {"params": params, **favor}, batch.tokens, batch.targets, memory, source
         )
-        return nll.mean(), memory
+        return nll.mean(), None if state.memory is None else memory
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -133,16 +146,19 @@ def train_step(
     metrics = {
         "loss": value,
         "grad_norm": optax.tree.norm(grads),
-        "learning_rate": schedule((state.step + 1).astype(jnp.float32)),
+        "learning_rate": schedule((state.step + 1 - state.skipped[0]).astype(jnp.float32)),
     }
-    state = TrainState(
-        state.step + 1,
-        state.rng,
-        optax.apply_updates(state.params, updates),
-        opt_state,
-        favor,
-        None if state.memory is None else new_memory,
-    )
+    new = (optax.apply_updates(state.params, updates), opt_state, new_memory)
+    skipped = jnp.asarray(state.skipped)
+    if skip:
+        # The averages are the same on every device, and so is the choice.
+        good = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
+        old = (state.params, state.opt_state, memory)
+        new = jax.tree.map(functools.partial(jnp.where, good), new, old)
+        skipped = jnp.where(good, skipped * jnp.array([1, 0]), skipped + 1)
+        metrics["skipped"] = skipped
+    params, opt_state, memory = new
+    state = TrainState(state.step + 1, state.rng, params, opt_state, favor, memory, skipped)
     return state, metrics
 
 
@@ -158,26 +174,30 @@ def valid_step(
 def validate(
     step: Callable, state: TrainState, stream: np.ndarray, rows: int, tgt_len: int, memory: Any
 ) -> float:
-    """Mean nll of consecutive segments in `rows` rows; `memory` is an empty one, or None.
+    """Mean nll of consecutive segments in `rows` rows; `memory`: empty, of own rows, or None.
 
     Quick, and approximate: unlike the sliding window, the first tokens of a segment see less
     context than a window would show them, and rows begin in the middle of the text.
     """
     memory = parallel.split(memory)
-    total, count = 0.0, 0
-    for tokens, targets, mask in data.eval_segments(stream, rows, tgt_len):
-        batch = parallel.split((tokens, targets, mask))
-        nll, memory = step(state.params, state.favor, *batch, memory)
+    total = 0.0
+    for segment in data.eval_segments(stream, rows, tgt_len, parallel.rows(rows)):
+        nll, memory = step(state.params, state.favor, *parallel.split(segment), memory)
         total += float(parallel.first(nll))
-        count += int(mask.sum())
-    return total / count
+    return total / (len(stream) - 1)
 
 
 # --- the run --------------------------------------------------------------------------------------
 
-# What may differ when a run is resumed: it changes where things are or what is reported, not what
-# is computed.
-FREE_FIELDS = ("data.dir", "data.cache_dir", "data.download", "report.", "eval.")
+# What may differ when a run is resumed: where things are, what is reported, and what another
+# machine may need; none of it changes what the run is about.
+FREE_FIELDS = (
+    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "model.dtype",
+    "train.batch_chunk", "train.eval_batch_size", "train.nan_policy",
+)  # fmt: skip
+NAN_POLICIES = ("stop", "skip")
+# So many updates in a row that had to be dropped are no accident.
+MAX_SKIPPED = 10
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -257,15 +277,30 @@ def stop_signals() -> Iterator[list[int]]:
 def run(config: Any, workdir: Path) -> int:
     """Train as `config` says into `workdir`, or go on where its last checkpoint is.
 
+    With several processes (`parallel.start`) each reads its own rows of every batch; the first
+    one alone writes to the workdir, from which all of them restore.
+
     Returns:
-        The exit status: 0, or 143 after SIGTERM.
+        The exit status: 0, 143 after SIGTERM, or 1 if stopping could not save.
 
     Raises:
-        UserError: settings that do not fit each other, the devices, the text or the workdir, and
-            training that has diverged.
+        UserError: settings that do not fit each other, the devices, the text or the workdir,
+            training that has diverged, and another process that was lost.
     """
+    with parallel.naming_a_lost_process(), ExitStack() as held:
+        with parallel.together():
+            corpus, model, optimizer, schedule = _prepare(config)
+            if parallel.is_first():
+                held.enter_context(lock_workdir(workdir))
+                resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
+                claim_workdir(workdir, config, corpus.vocab, resume)
+        return _run(config, workdir, corpus, model, optimizer, schedule)
+
+
+def _prepare(config: Any) -> tuple[data.Corpus, LanguageModel, Any, Schedule]:
+    """Everything that settings and text decide, refused before anything is written."""
     c, t = config, config.train
-    n_device = len(jax.local_devices())
+    n_device = jax.device_count()
     for name in ("batch_size", "eval_batch_size"):
         parallel.check_divides(t[name], f"config.train.{name}", n_device)
     if t.batch_chunk < 1 or t.batch_size // n_device % t.batch_chunk:
@@ -278,10 +313,14 @@ def run(config: Any, workdir: Path) -> int:
             raise UserError(f"config.train.{name} must be at least 1, got {t[name]}.")
     if t.clip < 0:
         raise UserError(f"config.train.clip must be 0 (no clipping) or more, got {t.clip}.")
+    if t.nan_policy not in NAN_POLICIES:
+        raise UserError(
+            f"unknown config.train.nan_policy {t.nan_policy!r}: expected one of "
+            f"{', '.join(NAN_POLICIES)}."
+        )
     if t.carry_over_fast_weight and c.model.mixer != "fast_weight":
         raise UserError(f"carry_over_fast_weight has no meaning for {c.model.mixer}.")
     schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
-
     corpus = data.load(
         c.data.name,
         dir=c.data.dir,
@@ -289,27 +328,33 @@ def run(config: Any, workdir: Path) -> int:
         splits=("train", "valid"),
         download=c.data.download,
     )
-    # Both refuse what does not fit, before anything is written.
+    # Both refuse what does not fit.
     corpus.train_batch(0, t.batch_size, t.tgt_len, c.seed)
     model = LanguageModel(build_config(c.model.to_dict(), len(corpus.vocab)))
-    optimizer = adam(schedule, t.clip)
-    with lock_workdir(workdir):
-        resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
-        claim_workdir(workdir, c, corpus.vocab, resume)
-        return _run(config, workdir, corpus, model, optimizer, schedule)
+    return corpus, model, adam(schedule, t.clip), schedule
 
 
 def _run(config, workdir, corpus, model, optimizer, schedule) -> int:
     c, t = config, config.train
     carry = t.carry_over_fast_weight or c.model.mem_len > 0
     init = functools.partial(init_state, model, optimizer, c.seed, t.batch_size if carry else 0)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    if checkpoints.latest_step() is None:
-        step, state = 0, jax.jit(init)()
-    else:
-        step, state = checkpoints.restore(jax.eval_shape(init)._asdict())
-        state = TrainState(**state)
-        print(f"Resuming {workdir} at step {step}.")
+    told = functools.partial(print, flush=True) if parallel.is_first() else lambda line: None
+    checkpoints = Checkpoints(workdir / "checkpoints", told)
+    with parallel.together():
+        if checkpoints.latest_step() is None:
+            step, state = 0, jax.jit(init)()
+        else:
+            like = jax.eval_shape(lambda: _portable(init()))
+            step, saved = checkpoints.restore(like._asdict())
+            state = TrainState(**saved)
+            told(f"Resuming {workdir} at step {step}.")
+    # The stream of one text lies under one name everywhere; settings decide the rest.
+    own = {k: v for k, v in flatten(c.to_dict()).items() if not k.startswith(FREE_FIELDS)}
+    text = [Path(stream.filename).parent.name for stream in corpus.streams.values()]
+    parallel.check_same(
+        json.dumps([own, text, corpus.vocab.text(), step, jax.local_device_count()]),
+        "settings, text, last checkpoint (--workdir has to be one that all see) or device count",
+    )
 
     reporter = Reporter(
         workdir,
@@ -319,6 +364,7 @@ def _run(config, workdir, corpus, model, optimizer, schedule) -> int:
         use_wandb=c.report.use_wandb,
         project_name=c.report.project_name,
         job_name=c.report.job_name or workdir.name,
+        active=parallel.is_first(),
     )
     with checkpoints, reporter, stop_signals() as stop:
         checkpoints.report = reporter.message
@@ -327,30 +373,42 @@ def _run(config, workdir, corpus, model, optimizer, schedule) -> int:
         if step == 0:
             reporter.message(parameter_table(state.params))
         reporter.message(_summary(c, corpus, model))
-        state = _to_devices(state)
-        state = _loop(
+        state = _to_devices(state, model, t.batch_size)
+        step, halt = _loop(
             c, corpus, model, optimizer, schedule, state, step, checkpoints, reporter, stop
         )
         checkpoints.wait()
-        reporter.message(_farewell(workdir, checkpoints, t.max_step))
-    return 143 if signal.SIGTERM in stop else 0
+        saved = not parallel.is_first() or checkpoints.latest_step() == step
+        if parallel.is_first():
+            reporter.message(_farewell(workdir, checkpoints, t.max_step))
+    return 143 if halt == signal.SIGTERM else 1 - saved
 
 
 def _loop(c, corpus, model, optimizer, schedule, state, step, checkpoints, reporter, stop):
-    t = c.train
+    """Train to the end or to a signal; returns the last step and the signal (0: none)."""
+    t, own = c.train, parallel.rows(c.train.batch_size)
     bound = functools.partial(train_step, model, optimizer, schedule)
-    bound = functools.partial(bound, batch_chunk=t.batch_chunk, average=parallel.mean)
+    bound = functools.partial(
+        bound, batch_chunk=t.batch_chunk, skip=t.nan_policy == "skip", average=parallel.mean
+    )
     update = parallel.pmap(bound, donate_argnums=(0,))
     judge = parallel.pmap(functools.partial(valid_step, model))
+    rows = np.arange(t.batch_size, dtype=np.int32)[own]
     empty = None
     if state.memory is not None:
-        empty = jax.device_get(empty_memory(model.config, t.eval_batch_size))
-    log = _Log(t, reporter, step)
-    pending = None
-    while step < t.max_step and not stop:
-        tokens, targets, first = corpus.train_batch(step, t.batch_size, t.tgt_len, c.seed)
-        rows = np.arange(t.batch_size, dtype=np.int32)
-        batch = Batch(tokens, targets, np.full(t.batch_size, first), rows)
+        eval_rows = t.eval_batch_size // jax.process_count()
+        empty = jax.device_get(empty_memory(model.config, eval_rows))
+    log, vote = _Log(t, reporter, step), parallel.Vote()
+    pending, halt = None, 0
+
+    def save(valid_loss: float | None) -> None:
+        host = _to_host(state)
+        if parallel.is_first():
+            checkpoints.save(step, host, valid_loss=valid_loss)
+
+    while step < t.max_step and not halt:
+        tokens, targets, first = corpus.train_batch(step, t.batch_size, t.tgt_len, c.seed, own)
+        batch = Batch(tokens, targets, np.full(len(rows), first), rows)
         state, metrics = update(state, parallel.split(batch))
         # A step late, so that the device never waits for the host.
         log.add(pending)
@@ -360,20 +418,21 @@ def _loop(c, corpus, model, optimizer, schedule, state, step, checkpoints, repor
             log.add(pending)
             pending = None
             started = time.monotonic()
-            stream, rows = corpus.streams["valid"], t.eval_batch_size
-            valid_loss = validate(judge, state, stream, rows, t.tgt_len, empty)
+            stream = corpus.streams["valid"]
+            valid_loss = validate(judge, state, stream, t.eval_batch_size, t.tgt_len, empty)
             if not math.isfinite(valid_loss):
                 raise UserError(
-                    f"training diverged at step {step}: validation loss {valid_loss}; the "
-                    "checkpoints before it are kept: try a smaller config.train.lr."
+                    f"training diverged at step {step}: validation loss {valid_loss}, {log.last}; "
+                    "the checkpoints before it are kept: try a smaller config.train.lr."
                 )
             reporter.valid(step, {"loss": valid_loss}, time.monotonic() - started)
-            checkpoints.save(step, _to_host(state), valid_loss=valid_loss)
+            save(valid_loss)
             log.restart()
+        halt = vote(stop[0] if stop else 0)
     log.add(pending)
-    if stop:
-        checkpoints.save(step, _to_host(state), valid_loss=None)
-    return state
+    if halt:
+        save(None)
+    return step, halt
 
 
 class _Log:
@@ -382,6 +441,7 @@ class _Log:
     def __init__(self, t: Any, reporter: Reporter, step: int):
         self.t, self.reporter, self.step = t, reporter, step
         self.losses: list[float] = []
+        self.last = ""
         self.restart()
 
     def restart(self) -> None:
@@ -396,13 +456,26 @@ class _Log:
         loss, norm, rate = (
             float(parallel.first(metrics[name])) for name in ("loss", "grad_norm", "learning_rate")
         )
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        self.last = f"loss {loss}, gradient norm {norm}, learning rate {rate:.3g}"
+        scalars = {"grad_norm": norm, "learning_rate": rate}
+        skipped, in_a_row = 0, 0
+        if "skipped" in metrics:
+            skipped, in_a_row = np.asarray(parallel.first(metrics["skipped"])).tolist()
+            scalars["skipped"] = skipped
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.losses.append(loss)
+        elif self.t.nan_policy == "stop" or in_a_row >= MAX_SKIPPED:
+            which = f"the last of {in_a_row} dropped updates in a row: " * bool(in_a_row)
             raise UserError(
-                f"training diverged at step {self.step}: loss {loss}, gradient norm {norm}, "
-                f"learning rate {rate:.3g}; the checkpoints before it are kept: "
-                "try a smaller config.train.lr or a longer config.train.warmup_step."
+                f"training diverged at step {self.step}: {which}{self.last}; the checkpoints "
+                "before it are kept: try a smaller config.train.lr or a longer "
+                "config.train.warmup_step."
             )
-        self.losses.append(loss)
+        else:
+            self.reporter.message(
+                f"Warning: the update of step {self.step} was dropped ({self.last}), "
+                f"the {skipped}. in this run."
+            )
         self.timed += 1
         if self.timed == 1 and self.step <= 2:
             self.restart()  # the first step compiles
@@ -413,7 +486,7 @@ class _Log:
         speed = self.timed / seconds
         self.reporter.train(
             self.step,
-            {"loss": sum(self.losses) / len(self.losses), "grad_norm": norm, "learning_rate": rate},
+            {"loss": sum(self.losses) / len(self.losses) if self.losses else loss} | scalars,
             tokens_per_second=speed * self.t.batch_size * self.t.tgt_len,
             seconds_left=(self.t.max_step - self.step) / speed if speed else None,
         )
@@ -421,14 +494,26 @@ class _Log:
         self.restart()
 
 
-def _to_devices(state: TrainState) -> TrainState:
-    memory = parallel.split(state.memory)
-    return TrainState(*parallel.replicate(state._replace(memory=None)))._replace(memory=memory)
+def _portable(state: TrainState) -> TrainState:
+    """With the memory in float32, that every dtype of computing goes into and comes back from."""
+    cast = lambda x: x.astype(np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return state._replace(memory=jax.tree.map(cast, state.memory))
+
+
+def _to_devices(state: TrainState, model: LanguageModel, batch_size: int) -> TrainState:
+    memory = None
+    if state.memory is not None:
+        like = jax.eval_shape(lambda: empty_memory(model.config, batch_size))
+        own = parallel.rows(batch_size)
+        memory = jax.tree.map(lambda x, y: x[own].astype(y.dtype), state.memory, like)
+    rest = TrainState(*parallel.replicate(state._replace(memory=None)))
+    return rest._replace(memory=parallel.split(memory))
 
 
 def _to_host(state: TrainState) -> dict[str, Any]:
-    memory = parallel.merge(state.memory)
-    return parallel.first(state._replace(memory=None))._replace(memory=memory)._asdict()
+    memory = parallel.gather(parallel.merge(state.memory))
+    rest = parallel.first(state._replace(memory=None))
+    return _portable(rest._replace(memory=memory))._asdict()
 
 
 def _summary(c: Any, corpus: data.Corpus, model: LanguageModel) -> str:
@@ -437,7 +522,7 @@ def _summary(c: Any, corpus: data.Corpus, model: LanguageModel) -> str:
     return (
         f"{corpus.name}: {len(corpus.streams['train']):,} training tokens, "
         f"{len(corpus.streams['valid']):,} validation tokens, {len(corpus.vocab):,} words; "
-        f"{len(jax.local_devices())} x {device.device_kind}; {tokens:,} tokens a step, "
+        f"{jax.device_count()} x {device.device_kind}; {tokens:,} tokens a step, "
         f"{c.train.max_step:,} steps."
     )
 

@@ -18,3 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The shapes in public signatures are checked here and nowhere else: users pay nothing.
 _hook = install_import_hook("fwm", "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="of test_survival.py's training run")

@@ -156,3 +156,17 @@ def test_automatic_batch_size_falls_with_the_size_of_a_window():
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 512
     assert sizes[-1] == 1
+
+
+def test_progress_says_speed_perplexity_and_time_left(monkeypatch, tmp_path):
+    clock = iter(range(0, 1000, 20))  # every look at the clock is 20 s later
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
+    partials = [
+        evaluate.Partial(evaluate.Score(20.0, 10), 40, 10),
+        evaluate.Partial(evaluate.Score(80.0, 40), 40, 40),
+    ]
+    lines = []
+    path = tmp_path / "valid_partial.npz"
+    score = evaluate._watched(iter(partials), None, path, {}, "valid", "windows", lines.append)
+    assert (score.total_nll, score.count) == (80.0, 40)
+    assert lines[0] == ("valid: 10 of 40 tokens, 0.5 windows/s, perplexity so far 7.39, 60 s left")

@@ -5,11 +5,14 @@ import hashlib
 import io
 import itertools
 import json
+import pickle
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
@@ -251,6 +254,24 @@ def test_evaluation_falls_back_to_a_sound_checkpoint(trained, tmp_path):
     assert {k: v for k, v in contents(workdir).items() if k in before} == before
 
 
+def test_both_splits_and_several_checkpoints_in_one_call(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    status, out, err = evaluate("valid,eval", workdir, "--config.eval.checkpoint=latest,2")
+    assert (status, err) == (0, "")
+    for split in ("valid", "test"):
+        for step in (2, 4):
+            results = json.loads((workdir / f"{split}_results_{step}.json").read_text())
+            assert (results["split"], results["checkpoint_step"]) == (split, step)
+            assert f"{split}: perplexity {results['perplexity']:.3f}" in out
+    alone = evaluate("valid", workdir, "--config.eval.checkpoint=2")
+    assert alone[0] == 0
+    one, several = (
+        json.loads((workdir / name).read_text())
+        for name in ("valid_results.json", "valid_results_2.json")
+    )
+    assert one["mean_nll"] == several["mean_nll"]
+
+
 def test_training_falls_back_to_a_sound_checkpoint(trained, train, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
     damage_latest_checkpoint(workdir)
@@ -300,6 +321,9 @@ COMMAND_LINES = {
     "--config.model.mem_len=4": "mem_len is the memory of transformer_xl",
     "--config.model.d_model=15": "d_model must be even",
     "--config.train.scheduler=linear": "'linear': expected one of cosine, inv_sqrt, constant",
+    "--config.train.nan_policy=ignore": "'ignore': expected one of stop, skip",
+    "--num_processes=2": "several processes need --coordinator_address=host:port with",
+    "--coordinator_address=auto --process_id=0": "or --coordinator_address=auto without them",
     "--config.train.batch_size=5": r"train\.batch_size=5 does not split evenly over 2 devices",
     "--config.train.batch_size=0": r"train\.batch_size=0",
     "--config.train.eval_batch_size=3": r"eval_batch_size=3 does not split evenly over 2 devices",
@@ -343,6 +367,42 @@ def test_a_wrong_text_makes_no_workdir(train, tmp_path, splits, message):
     text = write_text(tmp_path / "text", **splits)
     refused(train(tmp_path / "run", data__dir=text), message)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["report.job_name=../a", "report.job_name=..", "data.name=/a"])
+def test_a_job_name_cannot_lead_out_of_the_runs(monkeypatch, tmp_path, field):
+    monkeypatch.chdir(tmp_path)
+    config = Path(main.__file__).parent / DPFP
+    refused(call(f"--config={config}", f"--config.{field}"), "is a path: expected")
+    assert not list(tmp_path.iterdir())
+
+
+class Bomb:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_nothing_in_a_workdir_is_unpickled(trained, train, tmp_path):
+    workdir, mark = shutil.copytree(trained[0], tmp_path / "run"), tmp_path / "mark"
+    bomb = pickle.dumps(Bomb(mark))
+    pickle.loads(bomb).close()
+    mark.unlink()  # It works.
+    np.savez(workdir / "valid_partial.npz", key=np.array([Bomb(mark)], object))
+    refused(evaluate("valid", workdir), "valid_partial.npz is damaged")
+    files = [p for p in workdir.rglob("*") if p.is_file() and p.name not in ("lock", "config.json")]
+    for path in files:
+        path.write_bytes(bomb)
+    for result in (evaluate("valid", workdir), train(workdir)):
+        refused(result, "")
+    (workdir / "config.json").write_bytes(bomb)
+    for result in (evaluate("valid", workdir), train(workdir)):
+        refused(result, "not valid JSON")
+    assert not mark.exists()
 
 
 def test_training_needs_a_config(tmp_path):

@@ -1,19 +1,21 @@
 """The training loop through `fwm.train.run`: devices, resuming, accumulation, divergence."""
 
-import csv
 import functools
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from real_runs import assert_same_bits, final_state, log
 
 from configs import default
 from fwm import train
@@ -123,45 +125,36 @@ def whole(place, one_device):
     return run
 
 
-def log(workdir):
-    """What train_log.csv says of every step, without the times."""
-    with (workdir / "train_log.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "seconds")} for r in rows]
-
-
 def losses(workdir):
     return np.array([float(row["loss"]) for row in log(workdir)])
 
 
-def final_state(workdir):
-    names = ("step", "rng", "params", "opt_state", "favor", "memory")
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        return checkpoints.restore_subtree(names, "latest")[1]
-
-
-def stop_after(monkeypatch, step):
-    """SIGTERM as soon as the metrics of a step are reported."""
+def stop_after(monkeypatch, step, number=signal.SIGTERM):
+    """A signal as soon as the metrics of a step are reported."""
     plain = Reporter.train
 
     def report(self, at, *args, **kwargs):
         plain(self, at, *args, **kwargs)
         if at == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Reporter, "train", report)
 
 
 @pytest.mark.parametrize(
-    ("variant", "signal_at", "saved"), [("fast_weight", 1, 2), ("transformer_xl", 9, 9)]
+    ("variant", "number", "status", "signal_at", "saved"),
+    [
+        ("fast_weight", signal.SIGTERM, 143, 1, 2),
+        ("transformer_xl", signal.SIGINT, 0, 9, 9),
+    ],
 )
 def test_resumed_run_equals_uninterrupted_run(
-    place, whole, monkeypatch, tmp_path, capsys, variant, signal_at, saved
+    place, whole, monkeypatch, tmp_path, capsys, variant, number, status, signal_at, saved
 ):
     # Saved in the middle of an epoch with a memory (2), or at a validation (9).
     with monkeypatch.context() as patch:
-        stop_after(patch, signal_at)
-        assert train.run(settings(place, variant), tmp_path) == 128 + signal.SIGTERM
+        stop_after(patch, signal_at, number)
+        assert train.run(settings(place, variant), tmp_path) == status
     assert f"Stopped. Saved at step {saved}" in capsys.readouterr().out
     assert final_state(tmp_path)["step"] == saved
     assert train.run(settings(place, variant), tmp_path) == 0
@@ -172,11 +165,7 @@ def test_resumed_run_equals_uninterrupted_run(
     assert expected["step"] == 18
     assert (expected["favor"] == {}) == (variant == "transformer_xl")
     assert all(np.any(leaf) for leaf in jax.tree.leaves(expected["memory"]))
-    assert jax.tree.structure(ours) == jax.tree.structure(expected)
-    for (path, a), b in zip(
-        jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True
-    ):
-        assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+    assert_same_bits(ours, expected)
 
 
 def test_loss_falls(whole):
@@ -216,6 +205,131 @@ def test_divergence_stops_with_a_sentence(place, whole, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"diverged at step 1: loss nan.*smaller config\.train\.lr"):
         train.run(settings(place, "fast_weight"), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def poison(monkeypatch, bad):
+    """Make loss and gradients of some steps NaN, `bad` a condition on the updates before."""
+    plain = train.train_step
+
+    def step(model, optimizer, schedule, state, batch, *, average=lambda tree: tree, **options):
+        def poisoned(tree):
+            return jax.tree.map(lambda x: jnp.where(bad(state.step), jnp.nan, x), average(tree))
+
+        return plain(model, optimizer, schedule, state, batch, average=poisoned, **options)
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
+def test_a_dropped_update_changes_nothing_but_the_count(monkeypatch):
+    poison(monkeypatch, lambda step: (step == 1) | (step == 2))
+    config = default.defaults()
+    config.update_from_flattened_dict(BASE | FAST_WEIGHT | {"model.n_layer": 1})
+    model = LanguageModel(build_config(config.model.to_dict(), 20))
+    schedule = train.learning_rate("cosine", 0.01, 0, 10)
+    optimizer = train.adam(schedule, 0.25)
+    step = jax.jit(functools.partial(train.train_step, model, optimizer, schedule, skip=True))
+    states = [train.init_state(model, optimizer, 1, 2)]
+    tokens = np.arange(16, dtype=np.int32).reshape(2, 8)
+    batch = train.Batch(tokens, tokens, np.zeros(2, bool), np.arange(2))
+    rates = []
+    for _ in range(4):
+        state, metrics = step(states[-1], batch)
+        states.append(jax.device_get(state))
+        rates.append(float(metrics["learning_rate"]))
+    assert [state.skipped.tolist() for state in states] == [[0, 0], [0, 0], [1, 1], [2, 2], [2, 0]]
+    assert [int(state.step) for state in states] == [0, 1, 2, 3, 4]
+    kept = lambda state: (state.params, state.opt_state, state.memory)
+    for dropped in states[2:4]:
+        assert_same_bits(kept(dropped), kept(states[1]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[4]))
+    # Rates count the updates made, as Adam does.
+    np.testing.assert_allclose(rates, [schedule(jnp.float32(t)) for t in (1, 2, 2, 2)], rtol=1e-6)
+
+
+def test_numbers_that_are_not_finite(place, monkeypatch, tmp_path, capsys):
+    """They stop a run; a resumed one may drop such updates instead, but not ten in a row."""
+    poison(monkeypatch, lambda step: step >= 10)
+    run = lambda **changes: train.run(settings(place, "fast_weight", **changes), tmp_path)
+    numbers = r"loss nan, gradient norm nan, learning rate 0\.00\d+; the checkpoints"
+    with pytest.raises(UserError, match=rf"diverged at step 11: {numbers}"):
+        run(**{"train.max_step": 30})
+    good = final_state(tmp_path)
+    assert good["step"] == 9
+    with monkeypatch.context() as patch:
+        stop_after(patch, 14)
+        assert run(**{"train.max_step": 30, "train.nan_policy": "skip"}) == 143
+    assert "the update of step 12 was dropped" in capsys.readouterr().out
+    now = final_state(tmp_path)
+    assert now["step"] == 15
+    assert now["skipped"].tolist() == [5, 5]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(now))
+    last = rf"diverged at step 20: the last of 10 dropped updates in a row: {numbers}"
+    with pytest.raises(UserError, match=last):
+        run(**{"train.max_step": 30, "train.nan_policy": "skip"})
+    assert final_state(tmp_path)["step"] == 18
+    assert [int(row["step"]) for row in log(tmp_path) if row["split"] == "train"] == [*range(1, 20)]
+
+
+# Orbax leaves what was waiting for a write that failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_checkpoints_that_cannot_be_written(place, whole, monkeypatch, tmp_path, capsys):
+    """Two in a row cost warnings, the third stops the run; what was saved is kept."""
+    whole("fast_weight")  # Nothing is compiled while files must be small.
+    plain, (_, hard) = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    failing = (4, 6, 10, 12, 14)
+
+    def save(self, step, state, *, valid_loss):
+        limit = 2000 if step in failing else hard
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            plain(self, step, state, valid_loss=valid_loss)
+            self.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    config = settings(place, "fast_weight", **{"train.eval_interval": 2})
+    with pytest.raises(UserError, match=r"step 14 .* 3 failures in a row: make room .* step 8\."):
+        train.run(config, tmp_path)
+    out = capsys.readouterr().out
+    for step in failing[:-1]:
+        assert f"Warning: the checkpoint of step {step} could not be written" in out
+    assert final_state(tmp_path)["step"] == 8
+    monkeypatch.undo()
+    assert train.run(config, tmp_path) == 0
+    assert_same_bits(final_state(tmp_path), final_state(whole("fast_weight")))
+
+
+def test_another_number_of_devices_on_the_way(place, whole, monkeypatch, tmp_path):
+    """Two devices, then one, then two: the same losses."""
+    config = settings(place, "fast_weight")
+    devices = jax.local_devices()
+    for number, stop in ((2, 5), (1, 12), (2, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "local_devices", lambda number=number: devices[:number])
+            patch.setattr(jax, "device_count", lambda number=number: number)
+            patch.setattr(jax, "local_device_count", lambda number=number: number)
+            if stop:
+                stop_after(patch, stop)
+            assert train.run(config, tmp_path) == (143 if stop else 0)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole("fast_weight")), rtol=0, atol=1e-5)
+
+
+def test_computing_in_bfloat16_from_some_step_on(place, whole, monkeypatch, tmp_path):
+    """The memory of Transformer-XL has the dtype of computing; the checkpoint has float32."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        assert train.run(settings(place, "transformer_xl"), tmp_path) == 143
+    low = settings(place, "transformer_xl", **{"model.dtype": "bfloat16"})
+    with monkeypatch.context() as patch:
+        stop_after(patch, 14)
+        assert train.run(low, tmp_path) == 143
+    assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(final_state(tmp_path)))
+    assert train.run(settings(place, "transformer_xl"), tmp_path) == 0
+    ours, expected = losses(tmp_path), losses(whole("transformer_xl"))
+    np.testing.assert_array_equal(ours[:9], expected[:9])
+    assert (ours[10:] != expected[10:]).any()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ON_ONE_DEVICE)

@@ -51,17 +51,18 @@ def train_batch(
 
 
 def eval_segments(
-    stream: Int32[np.ndarray, "S"], batch_size: int, tgt_len: int
+    stream: Int32[np.ndarray, "S"], batch_size: int, tgt_len: int, rows: slice = ALL_ROWS
 ) -> Iterator[tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]]:
     """Yield (tokens, targets, mask) that score every target of the stream exactly once.
 
     The S - 1 targets are dealt to batch_size rows whose lengths differ by at most one; every row is
     read in consecutive segments. All yields have one shape: past a row's end all is 0, mask False.
+    `rows` reads only some rows (one process of several).
     """
     borders = (len(stream) - 1) * np.arange(batch_size + 1) // batch_size
     for start in range(0, int(np.diff(borders).max()), tgt_len):
-        position = borders[:-1, None] + np.arange(start, start + tgt_len)[None, :]
-        mask = position < borders[1:, None]
+        position = borders[:-1][rows, None] + np.arange(start, start + tgt_len)[None, :]
+        mask = position < borders[1:][rows, None]
         position = np.where(mask, position, 0)
         tokens = np.where(mask, stream[position], 0).astype(np.int32)
         targets = np.where(mask, stream[position + 1], 0).astype(np.int32)

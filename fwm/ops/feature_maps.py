@@ -27,15 +27,17 @@ def dpfp(x: Float[Array, "*batch D"], n_roll: int) -> Float[Array, "*batch F"]:
     return jnp.concatenate([z * jnp.roll(z, i, axis=-1) for i in range(1, n_roll + 1)], axis=-1)
 
 
-def favor(x: Float[Array, "*batch D"], projection: Float[Array, "D M"]) -> Float[Array, "*batch F"]:
+def favor(
+    x: Float[Array, "*batch D"], projection: Float[Array, "D M"], *, eps: float = 1e-4
+) -> Float[Array, "*batch F"]:
     """FAVOR+ features of the softmax kernel, F = 2 M (Choromanski et al. 2021).
 
-    ([exp(x P - |x|^2 / 2), exp(-x P - |x|^2 / 2)] + 1e-4) / sqrt(2 M), without scaling x first.
+    ([exp(x P - |x|^2 / 2), exp(-x P - |x|^2 / 2)] + eps) / sqrt(2 M), without scaling x first.
     """
     projected = jnp.matmul(x, projection.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
     half_square = jnp.sum(x * x, axis=-1, keepdims=True) / 2
     features = jnp.exp(jnp.concatenate([projected, -projected], axis=-1) - half_square)
-    return (features + 1e-4) * (2 * projection.shape[-1]) ** -0.5
+    return (features + eps) * (2 * projection.shape[-1]) ** -0.5
 
 
 def favor_projection(
@@ -54,6 +56,7 @@ def favor_projection(
     return rows * jnp.linalg.norm(gaussian, axis=1, keepdims=True)
 
 
+@jax.custom_jvp
 def sum_normalize(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
     """x / sum(x) over the last axis, without eps (paper, section 4.2).
 
@@ -61,6 +64,14 @@ def sum_normalize(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
     are zero: such a token writes nothing.
     """
     total = jnp.sum(x, axis=-1, keepdims=True)
-    empty = total == 0
-    # Two wheres: the division must not see the zero either, or its gradient would be NaN.
-    return jnp.where(empty, 0, x / jnp.where(empty, 1, total))
+    return jnp.where(total == 0, 0, x / jnp.where(total == 0, 1, total))
+
+
+@sum_normalize.defjvp
+def _sum_normalize_jvp(primals, tangents):
+    # By hand: autodiff divides by the sum's square, which is 0 for the small features of FAVOR+.
+    (x,), (dx,) = primals, tangents
+    out = sum_normalize(x)
+    total = jnp.sum(x, axis=-1, keepdims=True)
+    change = dx - out * jnp.sum(dx, axis=-1, keepdims=True)
+    return out, jnp.where(total == 0, 0, change / jnp.where(total == 0, 1, total))

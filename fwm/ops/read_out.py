@@ -1,0 +1,105 @@
+"""The final memory alone: read by one query without the memory, and the rule of an earlier paper.
+
+Where only the last state W_T counts, one query reads it in O(T (K + V)) instead of O(T K V):
+W_T^T q is a sum of the values, and their weights need the keys only.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def read_weights(
+    q: Float[Array, "B N K"],
+    k: Float[Array, "B T N K"],
+    beta: Float[Array, "B T N"] | None = None,
+) -> tuple[Float[Array, "B T N"], Float[Array, "B N K"]]:
+    """What each value weighs when the memory that was written with `k` is read with `q`.
+
+    The delta rule's recurrence runs on the query, backwards in time: from r = q, at every token
+    c_t = beta_t k_t . r, then r <- r - c_t k_t. With the final state W_T of a rule that began in
+    W_0, W_T^T q = sum_t c_t v_t + W_0^T r. The sum rule (`beta` None): c_t = k_t . q and r = q.
+
+    Args:
+        q: one query per row and head, already mapped to features, as k.
+        k: the keys, in the order in which they were written.
+        beta: write strengths of the delta rule; None for the sum rule.
+
+    Returns:
+        c and r, in float32 at least.
+    """
+    dtype = np.promote_types(np.float32, k.dtype)
+    q, k = q.astype(dtype), k.astype(dtype)
+    if beta is None:
+        return jnp.einsum("bnk,btnk->btn", q, k, precision="highest"), q
+    # Rows and heads as one axis: with an axis more XLA's CPU backend takes three times as long.
+    k = jnp.moveaxis(k, 1, 0).reshape(k.shape[1], -1, k.shape[3])
+    strengths = jnp.moveaxis(beta.astype(dtype), 1, 0).reshape(k.shape[:2])
+    c, r = _read_delta(q.reshape(k.shape[1:]), k, strengths)
+    return jnp.moveaxis(c.reshape(len(k), *q.shape[:2]), 0, 1), r.reshape(q.shape)
+
+
+@jax.custom_vjp
+def _read_delta(q, k, beta):
+    return _read_delta_forward(q, k, beta)[0]
+
+
+def _read_delta_forward(q, k, beta):
+    def step(r, token):
+        k, beta = token
+        overlap = jnp.sum(k * r, axis=-1)
+        return r - (beta * overlap)[..., None] * k, (overlap, r)
+
+    r, (overlaps, queries) = jax.lax.scan(step, q, (k, beta), reverse=True)
+    return (beta * overlaps, r), (k, beta, overlaps, queries)
+
+
+def _read_delta_backward(kept, cotangents):
+    # By hand a third faster than what autodiff makes of the scan: dk is written once.
+    dc, dr = cotangents
+
+    def step(dr, token):
+        k, beta, overlap, r, dc = token
+        derror = dc - jnp.sum(k * dr, axis=-1)
+        doverlap, c = (beta * derror)[..., None], (beta * overlap)[..., None]
+        return dr + doverlap * k, (doverlap * r - c * dr, overlap * derror)
+
+    dq, (dk, dbeta) = jax.lax.scan(step, dr, (*kept, dc))
+    return dq, dk, dbeta
+
+
+_read_delta.defvjp(_read_delta_forward, _read_delta_backward)
+
+
+def bounded_delta_rule(
+    k: Float[Array, "B T N K"], v: Float[Array, "B T N V"], beta: Float[Array, "B T N"]
+) -> Float[Array, "B N K V"]:
+    """The final state of the fast weight memory of Schlag et al. 2021 (arXiv 2011.07831).
+
+    From W = 0, at every token W <- W + beta_t k_t (v_t - W^T k_t)^T, then W <- W / max(|W|_F, 1),
+    each head by itself. Reads nothing on the way; accumulates in float32 at least.
+    """
+    dtype = np.promote_types(np.float32, v.dtype)
+    n_batch, length, n_head, n_key = k.shape
+    size = min(length, 16)
+
+    def chunks(x):
+        # Rows and heads as one axis; zeros in front write nothing into the empty memory.
+        x = jnp.moveaxis(x, 1, 0).astype(dtype).reshape(length, n_batch * n_head, *x.shape[3:])
+        x = jnp.pad(x, [(-length % size, 0)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, size, *x.shape[1:])
+
+    def step(w, token):
+        k, v, beta = token
+        change = beta[:, None] * (v - jnp.sum(k[:, :, None] * w, axis=1))
+        w = w + k[:, :, None] * change[:, None]
+        # The maximum inside the root: at W = 0 the gradient of the root is infinite.
+        square = jnp.sum(w * w, axis=(1, 2), keepdims=True)
+        return w / jnp.sqrt(jnp.maximum(square, 1.0)), None
+
+    # The backward pass keeps the states between chunks and computes the others again.
+    chunk = jax.checkpoint(lambda w, tokens: (jax.lax.scan(step, w, tokens)[0], None))
+    start = jnp.zeros((n_batch * n_head, n_key, v.shape[-1]), dtype)
+    weights, _ = jax.lax.scan(chunk, start, (chunks(k), chunks(v), chunks(beta)))
+    return weights.reshape(n_batch, n_head, n_key, -1)

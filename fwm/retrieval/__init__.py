@@ -1,0 +1,5 @@
+"""The paper's synthetic retrieval experiments (section 6.1): capacity, and the update rule."""
+
+from fwm.retrieval.experiment import run
+
+__all__ = ["run"]

@@ -1,0 +1,207 @@
+"""Runs of the retrieval experiments: one row per evaluation, resumable, in several processes."""
+
+import concurrent.futures
+import csv
+import functools
+import io
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fwm.errors import UserError
+from fwm.retrieval import report
+from fwm.retrieval.model import EVAL_INTERVAL, SETTINGS, Model, adam, init, train_and_evaluate
+
+LOG = "evaluations.csv"
+
+
+class Row(NamedTuple):
+    """One evaluation, a line of evaluations.csv; `seconds` since the run's start."""
+
+    setting: str
+    model: str
+    size: int
+    seed: int
+    step: int
+    train_loss: float
+    eval_loss: float
+    seconds: float
+
+
+def run(config: Mapping[str, Any], workdir: Path) -> int:
+    """All runs of `config` that `workdir` does not have yet, then table and figure.
+
+    Raises:
+        UserError: an option that has no meaning.
+    """
+    _check(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _same_training(config, workdir / "config.json")
+    rows = read_log(workdir / LOG)
+    done = {run: rows for run, rows in _by_run(rows).items() if _stopped(rows, config["max_step"])}
+    # What an interrupted run has left is dropped: it starts anew, and gives the same again.
+    _write(workdir / LOG, [row for rows in done.values() for row in rows])
+    jobs = [
+        (name, size, seeds)
+        for name in config["models"]
+        for size in config["sizes"]
+        if (seeds := [s for s in config["seeds"] if (config["setting"], name, size, s) not in done])
+    ]
+    # The longest first, so that no worker is left with it at the end; rule fwm takes hours.
+    jobs.sort(key=lambda job: (job[0].endswith("_fwm"), -job[1]))
+    train = functools.partial(_train, dict(config), workdir / LOG)
+    if config["workers"] == 1:
+        for job in jobs:
+            train(job)
+    elif jobs:
+        n_thread = max(1, (os.cpu_count() or 1) // config["workers"])
+        with concurrent.futures.ProcessPoolExecutor(
+            min(len(jobs), config["workers"]),
+            multiprocessing.get_context("spawn"),
+            _limit_threads,
+            (n_thread,),
+        ) as pool:
+            list(pool.map(train, jobs))
+    print(report.write(summary(read_log(workdir / LOG)), workdir), flush=True)
+    return 0
+
+
+def _check(config):
+    def refuse(field, expected):
+        raise UserError(f"--config.{field}={config[field]!r} has no meaning: expected {expected}.")
+
+    if config["setting"] not in SETTINGS:
+        refuse("setting", f"one of {', '.join(SETTINGS)}")
+    for field, expected, right in (
+        ("models", "names", lambda x: isinstance(x, str)),
+        ("sizes", "whole numbers from 2 on", lambda x: isinstance(x, int) and x >= 2),
+        ("seeds", "whole numbers from 0 on", lambda x: isinstance(x, int) and x >= 0),
+    ):
+        given = config[field]
+        if not given or not all(map(right, given)) or len(set(given)) < len(given):
+            refuse(field, f"a tuple of different {expected}, at least one")
+    for name in config["models"]:
+        Model.of(name)
+    for field in ("batch_size", "max_step", "workers"):
+        if config[field] < 1:
+            refuse(field, "1 or more")
+    if not 0 < config["lr"] < math.inf:
+        refuse("lr", "a number above 0")
+
+
+def _same_training(config, path):
+    """Runs of one workdir are trained alike; more models, sizes and seeds may be added."""
+    fields = {name: config[name] for name in ("setting", "batch_size", "lr")}
+    if not path.exists():
+        path.write_text(json.dumps(fields), encoding="utf-8")
+    elif (saved := path.read_text(encoding="utf-8")) != json.dumps(fields):
+        raise UserError(
+            f"{path.parent} holds runs with {saved}, not {json.dumps(fields)}: give another "
+            "--workdir or the same settings."
+        )
+
+
+def _limit_threads(n_thread):
+    # Read by XLA's CPU backend when it starts, after this.
+    os.environ["PJRT_NPROC"] = str(n_thread)
+
+
+def _train(config, log, job):
+    """Train one model at one size, a seed after the other: one compilation serves all."""
+    name, size, seeds = job
+    model = Model.of(name)
+    # The published rate of the combination that does not train at 0.001.
+    lr = config["lr"] / 10 if name == "tanh_fwm" else config["lr"]
+    for seed in seeds:
+        started = time.perf_counter()
+        init_key, key = jax.random.split(jax.random.key(seed))
+        params = init(init_key, model, size)
+        state = (jnp.int32(0), params, adam(lr).init(params))
+        rows: list[Row] = []
+        while not _stopped(rows, config["max_step"]):
+            state, *losses = train_and_evaluate(
+                model, config["setting"], size, config["batch_size"], lr, state, key
+            )
+            losses = [round(float(x), 6) for x in losses]
+            seconds = round(time.perf_counter() - started, 2)
+            step = (len(rows) + 1) * EVAL_INTERVAL
+            run = (config["setting"], name, size, seed)
+            rows.append(Row(*run, step, losses[0], losses[1], seconds))
+            with log.open("a", encoding="utf-8", newline="") as file:
+                file.write(_csv(rows[-1:]))  # in one piece: other processes write here, too
+        result = f"{_best(rows):.4f}, stopped at step {step} after {seconds:.0f} s"
+        print(f"{name} S={size} seed {seed}: {result}", flush=True)
+
+
+def _best(rows):
+    return min((row.eval_loss for row in rows if math.isfinite(row.eval_loss)), default=math.nan)
+
+
+def _stopped(rows, max_step):
+    """At a loss of 0.001, after more than 10 evaluations without a new best, or at `max_step`."""
+    best, since = math.inf, 0
+    for row in rows:
+        since = 0 if row.eval_loss < best else since + 1
+        best = min(best, row.eval_loss) if row.eval_loss == row.eval_loss else best
+        if best <= 0.001 or since > 10 or row.step >= max_step:
+            return True
+    return False
+
+
+def summary(rows: list[Row]) -> list[report.Result]:
+    """One result per run: the best evaluation loss, the last step, its seconds."""
+    return [
+        report.Result(*run, _best(rows), rows[-1].step, rows[-1].seconds)
+        for run, rows in _by_run(rows).items()
+    ]
+
+
+def _by_run(rows: list[Row]) -> dict[tuple[str, str, int, int], list[Row]]:
+    runs = defaultdict(list)
+    for row in rows:
+        runs[row[:4]].append(row)
+    return runs
+
+
+def read_log(path: Path) -> list[Row]:
+    """The whole rows of evaluations.csv; none where there is no file.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    if not path.exists():
+        return []
+    header, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+    try:
+        if header != ",".join(Row._fields):
+            raise ValueError("another header")
+        kinds = Row.__annotations__.values()
+        return [
+            Row(*(kind(cell) for kind, cell in zip(kinds, line, strict=True)))
+            for line in csv.reader(lines)
+        ]
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a log of retrieval runs ({error}): remove it or give another --workdir."
+        ) from error
+
+
+def _csv(rows):
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _write(path, rows):
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(_csv([Row._fields, *rows]), encoding="utf-8", newline="")
+    partial.replace(path)

@@ -1,0 +1,128 @@
+"""Figure and table of the retrieval experiments, beside the published results."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SIZES = {"capacity": (40, 100, 160, 200, 300, 500), "update_rule": (40, 100, 160, 200)}
+# The best evaluation loss at each of SIZES, one seed (ischlag/fast-weight-transformers).
+PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
+    "capacity": {
+        "softmax": (0.0003, 0.0000, 0.0000, 0.0000, 0.0000, 0.0089),
+        "linear_sum": (0.0008, 0.1642, 0.3011, 0.3420, 0.3971, 0.4287),
+        "dpfp1_sum": (0.0003, 0.0002, 0.1020, 0.1732, 0.2855, 0.3864),
+        "dpfp2_sum": (0.0006, 0.0005, 0.0004, 0.0004, 0.0681, 0.2756),
+        "dpfp3_sum": (0.0009, 0.0005, 0.0002, 0.0009, 0.0003, 0.1691),
+        "favor64_sum": (0.2740, 0.4961, 0.5000, 0.5000, 0.5000, 0.5000),
+        "favor128_sum": (0.1752, 0.5000, 0.5000, 0.5000, 0.5000, 0.5000),
+        "favor512_sum": (0.0754, 0.5000, 0.5000, 0.5000, 0.5000, 0.5000),
+    },
+    "update_rule": {
+        "dpfp1_sum": (0.1039, 0.1113, 0.1797, 0.2310),
+        "dpfp1_delta": (0.0010, 0.0001, 0.1039, 0.1709),
+        "dpfp2_delta": (0.0005, 0.0854, 0.0004, 0.0008),
+        "linear_delta": (0.0007, 0.1502, 0.2762, 0.3415),
+        "favor64_delta": (0.1832, 0.4994, math.nan, math.nan),
+        "favor128_delta": (0.1629, 0.5000, math.nan, math.nan),
+        "dpfp1_fwm": (0.4915, 0.5260, 1.9701, 1.0913),
+        "tanh_fwm": (4.8251, 42.4175, 74.7594, 95.5134),
+    },
+}
+
+
+class Result(NamedTuple):
+    """What one run has come to, a line of results.csv."""
+
+    setting: str
+    model: str
+    size: int
+    seed: int
+    best_loss: float
+    step: int
+    seconds: float
+
+
+def write(results: Sequence[Result], workdir: Path) -> str:
+    """Write results.csv, results.md and results.png; returns the table, in markdown."""
+    with (workdir / "results.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([Result._fields, *sorted(results)])
+    text = table(results)
+    (workdir / "results.md").write_text(text + "\n", encoding="utf-8")
+    draw(results, workdir / "results.png")
+    return text
+
+
+def _losses(results):
+    """The losses of all seeds by setting, model and size, in the paper's order of the models."""
+    losses: dict = {setting: {model: {} for model in rows} for setting, rows in PUBLISHED.items()}
+    for r in sorted(results):
+        by_size = losses[r.setting].setdefault(r.model, {})
+        by_size.setdefault(r.size, []).append(r.best_loss)
+    return {s: {m: x for m, x in by_model.items() if x} for s, by_model in losses.items()}
+
+
+def _published(setting, model):
+    if model not in PUBLISHED[setting]:
+        return {}
+    return dict(zip(SIZES[setting], PUBLISHED[setting][model], strict=True))
+
+
+def agrees(loss: float, published: float) -> bool:
+    """Within a factor 1.5 above 0.01, within 0.02 below it; NaN agrees with nothing."""
+    if published <= 0.01:
+        return abs(loss - published) <= 0.02
+    return published / 1.5 <= loss <= published * 1.5
+
+
+def table(results: Sequence[Result]) -> str:
+    """Mean and range over the seeds at the published sizes, beside the published loss."""
+    lines = [
+        "| setting | model | S | seeds | mean | range | published | agrees |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for setting, by_model in _losses(results).items():
+        for model, by_size in by_model.items():
+            published = _published(setting, model)
+            for size in (size for size in by_size if size in published):
+                losses, paper = by_size[size], published[size]
+                mean = sum(losses) / len(losses)
+                spread = f"{min(losses):.4f}-{max(losses):.4f}" if len(losses) > 1 else "-"
+                verdict = "yes" if agrees(mean, paper) else "**no**"
+                # Official code divides 0 by 0 where our keys of sum zero write nothing.
+                verdict = "-" if math.isnan(paper) else verdict
+                cells = [setting, model, size, len(losses), f"{mean:.4f}", spread]
+                cells += [f"{paper:.4f}", verdict]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: Sequence[Result], out: Path) -> None:
+    """Loss against S, one line per model through the means and a band of the seeds' range.
+
+    Published points are hollow. The suffix of `out` gives the format.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {setting: by_model for setting, by_model in _losses(results).items() if by_model}
+    figure = Figure(figsize=(7 * max(1, len(panels)), 5), layout="constrained")
+    for index, (setting, by_model) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        axes.set(title=setting, xlabel="S", ylabel="best evaluation loss")
+        # The fast weight memory loses up to S / 2; all others at most about 0.5.
+        axes.set_yscale("symlog", linthresh=0.6) if any("fwm" in m for m in by_model) else None
+        for number, (model, by_size) in enumerate(by_model.items()):
+            style: dict[str, Any] = {"color": f"C{number}", "marker": "o", "markersize": 4}
+            sizes = sorted(by_size)
+            means = [sum(by_size[size]) / len(by_size[size]) for size in sizes]
+            axes.plot(sizes, means, label=model, **style)
+            low, high = ([f(by_size[size]) for size in sizes] for f in (min, max))
+            axes.fill_between(sizes, low, high, color=style["color"], alpha=0.2)
+            published = _published(setting, model)
+            style |= {"markersize": 8, "linestyle": "none", "markerfacecolor": "none"}
+            axes.plot(list(published), list(published.values()), **style)
+        axes.plot([], [], "o", color="black", markerfacecolor="none", label="published")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(out, format=out.suffix[1:], dpi=100)
