@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step                          small and medium, all variants
     python -m benchmarks.train_step --preset small --variants linear_delta --batches 16
+    python -m benchmarks.train_step --parts linear_delta     where the time of a small step goes
 
 One step is everything: dropout, forward, backward, clipping, Adam, on tokens with WikiText-103's
 shares of the adaptive softmax's clusters. Steps and the matmul alternate; figures are medians.
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
+from fwm.layers import Dropout, FeedForward
 from fwm.model import LanguageModel, build_config
 from fwm.optimizer import adam, learning_rate
 from fwm.train import Batch, init_state, train_step
@@ -86,6 +88,66 @@ def measure(variant: str, preset: str, rows: int, dtype: str, rounds: int) -> di
     }
 
 
+def parts(variant: str, rows: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of a step at `small` and of parts of it, each forward and backward."""
+    config = importlib.import_module(f"configs.{variant}").get_config("small")
+    model = LanguageModel(build_config(config.model.to_dict(), common.WIKITEXT_TOKENS))
+    c, t = model.config, config.train
+    schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
+    optimizer = adam(schedule, t.clip)
+    state = jax.jit(functools.partial(init_state, model, optimizer, 1, 0))()
+    stream = tokens_like_wikitext(c.cutoffs, rows, t.tgt_len + 1)
+    batch = Batch(stream[:, :-1], stream[:, 1:], np.zeros(rows, bool), np.arange(rows))
+    batch = jax.device_put(batch)
+    source = Dropout(jax.random.key(1), jnp.arange(rows))
+
+    def loss(params, dropout=None):
+        variables = {"params": params, **state.favor}
+        return model.apply(variables, batch.tokens, batch.targets, None, dropout)[0].mean()
+
+    def hidden(params):
+        variables = {"params": params, **state.favor}
+        return model.apply(variables, batch.tokens, None, None, method="hidden")[0].sum()
+
+    def feed_forward(params, x):
+        apply = lambda x, p: (FeedForward(c.d_inner).apply({"params": p}, x), None)
+        return jax.lax.scan(apply, x, params)[0].sum()
+
+    x = jnp.zeros((rows, t.tgt_len, c.d_model))
+    ones = jax.tree.map(jnp.ones_like, state.params)
+    compiled = {
+        name: jax.jit(function).lower(*arguments).compile()
+        for name, function, arguments in (
+            ("step", functools.partial(train_step, model, optimizer, schedule), (state, batch)),
+            ("with dropout", lambda p: jax.grad(loss)(p, source), (state.params,)),
+            ("no dropout", jax.grad(loss), (state.params,)),
+            ("layers", jax.grad(hidden), (state.params,)),
+            (
+                "feed-forward",
+                jax.grad(feed_forward, (0, 1)),
+                (state.params["layers"]["ff"], x),
+            ),
+            ("adam", optimizer.update, (ones, state.opt_state, state.params)),
+        )
+    }
+    functions = {
+        "step": lambda: compiled["step"](state, batch),
+        "feed-forward": lambda: compiled["feed-forward"](state.params["layers"]["ff"], x),
+        "adam": lambda: compiled["adam"](ones, state.opt_state, state.params),
+    }
+    for name in ("with dropout", "no dropout", "layers"):
+        functions[name] = functools.partial(compiled[name], state.params)
+    times = {k: 1e3 * common.median(v) for k, v in common.alternate(functions, rounds).items()}
+    return {
+        "whole step": times["step"],
+        "adam": times["adam"],
+        "dropout": times["with dropout"] - times["no dropout"],
+        "adaptive softmax and embedding": times["no dropout"] - times["layers"],
+        "feed-forward": times["feed-forward"],
+        "mixers, norms, residuals": times["layers"] - times["feed-forward"],
+    }
+
+
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,22 +157,28 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, default=[4, 16] if cpu else [])
     parser.add_argument("--dtypes", nargs="*", default=["float32"] + ["bfloat16"] * (not cpu))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", metavar="VARIANT", help="only the parts of one step")
     arguments = parser.parse_args()
-    rows = []
+    if arguments.parts:
+        rows = arguments.batches[0] if arguments.batches else 16
+        for name, value in parts(arguments.parts, rows, arguments.rounds).items():
+            print(f"| {name} | {value:.0f} ms |")
+        return
+    table: list[dict] = []
     for preset in arguments.preset:
         for variant in arguments.variants:
             paper = importlib.import_module(f"configs.{variant}").get_config(preset).train
             for batch in arguments.batches or [paper.batch_size]:
                 for dtype in arguments.dtypes:
                     row = measure(variant, preset, batch, dtype, arguments.rounds)
-                    if not rows:
+                    if not table:
                         print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
                     print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-                    rows.append(row)
+                    table.append(row)
     result = {
         "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
         **common.environment(),
-        "rows": rows,
+        "rows": table,
     }
     path = Path(__file__).parent / "results" / f"train_step_{common.device_name()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

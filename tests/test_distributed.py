@@ -79,6 +79,7 @@ def test_what_one_process_refuses_all_refuse(monkeypatch):
         atexit.unregister(os._exit)
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_train_as_one_whatever_happens_to_them(pair, tmp_path):
     workdir = tmp_path / "pair"
     # One is killed: the other stops by itself, and what was saved is there.

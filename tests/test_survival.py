@@ -6,6 +6,7 @@ import signal
 import time
 
 import numpy as np
+import pytest
 from real_runs import (
     assert_same_bits,
     final_state,
@@ -34,6 +35,7 @@ def saved(workdir):
     return Checkpoints(workdir / "checkpoints").latest_step() or 0
 
 
+@pytest.mark.timeout(1800)  # Twenty kills on a busy machine.
 def test_killed_anywhere_and_stopped_it_ends_bit_for_bit_the_same(tmp_path, request):
     """SIGKILL while starting, training and saving, then Ctrl-C and SIGTERM; dropout is on."""
     kills = request.config.getoption("--kills")
