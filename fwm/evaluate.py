@@ -319,20 +319,20 @@ def _load_partial(path: Path, key: dict, memory: Any) -> Partial | None:
     """What an interrupted evaluation with the same settings left, if there is one."""
     if not path.exists():
         return None
+    leaves, structure = jax.tree.flatten(memory)
     try:
         with np.load(path, allow_pickle=False) as file:
             saved = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if json.loads(str(saved["key"])) != key:
+            return None
+        leaves = [jnp.asarray(saved[f"memory_{i}"], x.dtype) for i, x in enumerate(leaves)]
+        score = Score(float(saved["total_nll"]), int(saved["count"]))
+        expected, position = int(saved["expected"]), int(saved["position"])
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path} is damaged ({error}): remove it to score from the start."
         ) from error
-    if json.loads(str(saved["key"])) != key:
-        return None
-    leaves, structure = jax.tree.flatten(memory)
-    leaves = [jnp.asarray(saved[f"memory_{i}"], x.dtype) for i, x in enumerate(leaves)]
-    score = Score(float(saved["total_nll"]), int(saved["count"]))
-    memory = jax.tree.unflatten(structure, leaves)
-    return Partial(score, int(saved["expected"]), int(saved["position"]), memory)
+    return Partial(score, expected, position, jax.tree.unflatten(structure, leaves))
 
 
 def run(

@@ -98,6 +98,16 @@ def test_form_for_accelerators_equals_definition(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAST)
+def test_large_batches_are_taken_by_blocks_of_rows(name):
+    inputs = for_rule(name, make_inputs("simplex", 12, 40, 8, 64, 64))
+    expected = exact(ORACLE[name], inputs)
+    actual = results(FAST[name], inputs)
+    assert max(relative_error(a, b) for a, b in zip(actual, expected, strict=True)) < 1e-5
+    text = jax.jit(FAST[name]).lower(*float32(inputs)).as_text()
+    assert "tensor<3x4x40x8x64xf32>" in text  # 3 blocks of 4 rows
+
+
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("chunk_size", [None, 8])
 def test_without_gradient_gives_the_same_values(name, chunk_size):
     inputs = float32(for_rule(name, make_inputs("simplex")))
