@@ -3,6 +3,8 @@
 python main.py --config=configs/dpfp_delta.py          train, resume
 python main.py --mode=valid --workdir=runs/a           exact perplexity, validation split
 python main.py --mode=eval  --workdir=runs/a           the same, test split; or valid,eval
+python main.py --mode=generate --workdir=runs/a --prompt="The history of"      what it writes
+python main.py --mode=compare --workdir=runs/a,runs/b  curves in one figure, results in a table
 python main.py --mode=retrieval --config=configs/retrieval.py:capacity    synthetic experiments
 
 One of several processes: --coordinator_address=host:port --num_processes=4 --process_id=0,
@@ -17,20 +19,23 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import default
-from fwm import evaluate, parallel, retrieval, train
+from configs import default, linear_delta
+from fwm import evaluate, generate, parallel, reporting, retrieval, train
 from fwm.errors import UserError
 
-MODES = ["train", "valid", "eval", "valid,eval", "retrieval"]
+MODES = ["train", "valid", "eval", "valid,eval", "generate", "compare", "retrieval"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
-WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; by default runs/<job name>.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Directory of the run, by default runs/<job name>; several for compare: a,b."
+)
+PROMPT = flags.DEFINE_string("prompt", "", "What --mode=generate goes on from.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, or auto.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "A variant: configs/<variant>.py:options.")
 
 # What an evaluation may change; everything else is the run's own.
-FREE_FIELDS = ("data.", "eval.", "report.", "model.dtype")
+FREE_FIELDS = ("data.", "eval.", "generate.", "report.", "model.dtype")
 
 
 def job_name(config: ConfigDict) -> str:
@@ -115,10 +120,7 @@ def config_of_run(workdir: Path, overrides: dict[str, Any]) -> ConfigDict:
         UserError: no run there, a config of another version, or a change that evaluation cannot
             make.
     """
-    if not (workdir / "config.json").exists():
-        raise UserError(
-            f"{workdir} holds no run (no config.json): give the --workdir of a trained one."
-        )
+    _check_holds_run(workdir)
     for name in overrides:
         if not name.startswith(FREE_FIELDS):
             raise UserError(
@@ -141,6 +143,41 @@ def config_of_run(workdir: Path, overrides: dict[str, Any]) -> ConfigDict:
     return config.lock()
 
 
+def _check_holds_run(workdir: Path) -> None:
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give the --workdir of a trained one."
+        )
+
+
+def paper_result(workdir: Path) -> str:
+    """What the paper reports for a run's model, text and context, where that is certain; else `-`.
+
+    Raises:
+        UserError: no run there, or its settings are damaged.
+    """
+    _check_holds_run(workdir)
+    saved = train.saved_config(workdir)
+    # Section 6.3: Delta Net at `small`.
+    published = train.flatten(linear_delta.get_config("small").to_dict())
+    matters = ("data.name", "model.", "train.tgt_len", "train.carry_over_fast_weight")
+    same = all(
+        saved.get(name) == value
+        for name, value in published.items()
+        if name.startswith(matters) and name != "model.dtype"
+    )
+    return "34.1 / 35.2" if same else "-"
+
+
+def compare(workdirs: list[Path]) -> int:
+    """Print the exact results of several runs in a table; draw their curves into one figure."""
+    figure = workdirs[0] / "compare.png"
+    paper = {workdir: paper_result(workdir) for workdir in workdirs}
+    print(reporting.compare(workdirs, figure, paper))
+    print(f"Learning curves: {figure}")
+    return 0
+
+
 def dispatch(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
     config = parse(argv)
@@ -150,6 +187,8 @@ def dispatch(argv: list[str]) -> int:
                 f"--mode={MODE.value} runs in one process: leave the others' flags out."
             )
         parallel.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if PROMPT.value and MODE.value != "generate":
+        raise UserError(f"--prompt belongs to --mode=generate, but the mode is {MODE.value}.")
     if MODE.value == "retrieval":
         return retrieval.run(config, Path(WORKDIR.value or f"runs/retrieval-{config.setting}"))
     workdir = Path(WORKDIR.value or Path("runs", job_name(config)))
@@ -158,7 +197,12 @@ def dispatch(argv: list[str]) -> int:
             raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
         if any(arg.lstrip("-").startswith("config=") for arg in argv):
             print(f"--config is not used: the settings are those of the run in {workdir}.")
-        config = config_of_run(workdir, config_flags.get_override_values(flags.FLAGS["config"]))
+        overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        if MODE.value == "compare":
+            if overrides:
+                raise UserError("--mode=compare has no settings: leave --config.... out.")
+            return compare([Path(name) for name in WORKDIR.value.split(",")])
+        config = config_of_run(workdir, overrides)
     # Absolute, so that an evaluation finds the text from anywhere.
     for field in ("dir", "cache_dir"):
         if config.data[field]:
@@ -166,7 +210,9 @@ def dispatch(argv: list[str]) -> int:
     # Compiled programs are kept, so that a second start takes a fraction of the first.
     jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir, "xla")))
     if MODE.value == "train":
-        return train.run(config, workdir)
+        return train.run(config, workdir, _describe(config))
+    if MODE.value == "generate":
+        return generate.run(config, workdir, PROMPT.value)
     splits = ["test" if mode == "eval" else mode for mode in MODE.value.split(",")]
     return 130 if evaluate.run(config, workdir, splits) is None else 0  # 130: interrupted
 

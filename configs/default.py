@@ -70,6 +70,7 @@ def defaults() -> ConfigDict:
     c.train.eval_batch_size = 10  # rows of the quick validation
     c.train.log_interval = 200  # updates between lines of the log
     c.train.nan_policy = "stop"  # stop, skip: what a loss or gradient does that is not finite
+    c.train.profile_steps = ()  # (10, 15): trace steps 10 to 15 into workdir/profile; (): none
 
     c.eval = ConfigDict()
     c.eval.batch_size = 0  # windows at once; 0: chosen from the memory they need
@@ -79,6 +80,14 @@ def defaults() -> ConfigDict:
     c.eval.split_stream = False  # cut the stream into batch_size rows, as the official evaluator
     c.eval.mem_len = 0  # transformer_xl: memory in evaluation; 0: as in training
     c.eval.clamp_len = 0  # in evaluation, where > 0
+
+    c.generate = ConfigDict()
+    c.generate.checkpoint = "best"  # best, latest, or a step
+    c.generate.max_new_tokens = 100
+    c.generate.temperature = 1.0  # below 1: safer words; 0: always the most probable one
+    c.generate.top_k = 0  # draw from so many most probable words; 0: from all
+    c.generate.top_p = 1.0  # of these from the fewest with this share of the probability; 1: all
+    c.generate.seed = 0  # the same seed gives the same words
 
     c.report = ConfigDict()
     c.report.use_wandb = False

@@ -148,6 +148,18 @@ class FastWeightAttention(nn.Module):
 
     Call: `x [B, T, D]`, `state` (`FastWeightState` or None for an empty one); `last` n > 0 returns
     the last n positions only. Returns `[B, T, D]` (or `[B, n, D]`) and the new state.
+
+    It works by itself:
+
+    >>> import jax
+    >>> from fwm.layers import FastWeightAttention
+    >>> layer = FastWeightAttention(n_head=8, d_head=16, feature_map="dpfp", dpfp_n_roll=2)
+    >>> x = jax.random.normal(jax.random.key(0), (2, 100, 128))  # [B, T, D]
+    >>> variables = layer.init(jax.random.key(1), x)
+    >>> y, state = layer.apply(variables, x)
+    >>> y.shape, state.weights.shape  # [B, T, D], [B, N, K, V]
+    ((2, 100, 128), (2, 8, 64, 16))
+    >>> y, state = layer.apply(variables, x, state)  # the next 100 tokens, after those
     """
 
     n_head: int
@@ -185,6 +197,8 @@ class FastWeightAttention(nn.Module):
         scale = d**-0.5
         if not self.scale_output:
             q = q * scale
+        # For those who look inside (notebooks/03): nothing unless asked for by `mutable`.
+        self.sow("intermediates", "memory_inputs", (q, k, v, beta))
         out, state = ops.fast_weight_attention(
             q,
             k,

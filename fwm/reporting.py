@@ -385,9 +385,10 @@ def compare(
       paper: what the paper reports for a run, as text.
 
     Raises:
-      UserError: a workdir has no train_log.csv, or a result file is malformed.
+      UserError: a workdir has no train_log.csv, a result file is malformed, or the figure cannot
+        be written.
     """
-    table = [["run", "steps", "valid perplexity", "test perplexity", "paper"]]
+    table = [["run", "steps", "valid perplexity", "test perplexity", "paper (valid / test)"]]
     for workdir in workdirs:
         if not (workdir / LOG).is_file():
             raise UserError(f"{workdir} has no {LOG}: --workdir must list runs that were trained.")
@@ -395,7 +396,10 @@ def compare(
         valid = _exact_perplexity(workdir / "valid_results.json")
         test = _exact_perplexity(workdir / "test_results.json")
         table.append([str(workdir), str(steps), valid, test, paper.get(workdir, "-")])
-    draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
+    try:
+        draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
+    except OSError as error:
+        raise UserError(f"the figure {out} cannot be written: {error}.") from error
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -410,7 +414,13 @@ def _exact_perplexity(path: Path) -> str:
     result = read_json(path)
     if not isinstance(result, dict) or not isinstance(result.get("perplexity"), int | float):
         raise UserError(f"{path} has no number `perplexity`: write it again with --mode=valid.")
-    return f"{result['perplexity']:.3f}"
+    # What other protocols than the paper's have found is not to be mistaken for it.
+    notes = []
+    if result.get("stride") not in (None, 1):
+        notes.append(f"stride {result['stride']}")
+    if result.get("split_stream"):
+        notes.append("rows")
+    return f"{result['perplexity']:.3f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def parameter_table(params: Any) -> str:

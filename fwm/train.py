@@ -4,6 +4,7 @@ The batch, the dropout masks and the FAVOR+ projections of a step are functions 
 the step alone, so a run that is resumed from a checkpoint goes on exactly as if never stopped.
 """
 
+import datetime
 import functools
 import json
 import math
@@ -192,10 +193,12 @@ def validate(
 # What may differ when a run is resumed: where things are, what is reported, and what another
 # machine may need; none of it changes what the run is about.
 FREE_FIELDS = (
-    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "model.dtype",
-    "train.batch_chunk", "train.eval_batch_size", "train.nan_policy",
+    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.", "model.dtype",
+    "train.batch_chunk", "train.eval_batch_size", "train.nan_policy", "train.profile_steps",
 )  # fmt: skip
 NAN_POLICIES = ("stop", "skip")
+# Steps after compilation that the duration is estimated from.
+ESTIMATED_FROM = 3
 # So many updates in a row that had to be dropped are no accident.
 MAX_SKIPPED = 10
 
@@ -274,8 +277,11 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run(config: Any, workdir: Path) -> int:
+def run(config: Any, workdir: Path, job_name: str = "") -> int:
     """Train as `config` says into `workdir`, or go on where its last checkpoint is.
+
+    `job_name` is the run's name on Weights & Biases where `config.report.job_name` is empty; by
+    default the workdir's.
 
     With several processes (`parallel.start`) each reads its own rows of every batch; the first
     one alone writes to the workdir, from which all of them restore.
@@ -294,7 +300,7 @@ def run(config: Any, workdir: Path) -> int:
                 held.enter_context(lock_workdir(workdir))
                 resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
                 claim_workdir(workdir, config, corpus.vocab, resume)
-        return _run(config, workdir, corpus, model, optimizer, schedule)
+        return _run(config, workdir, job_name, corpus, model, optimizer, schedule)
 
 
 def _prepare(config: Any) -> tuple[data.Corpus, LanguageModel, Any, Schedule]:
@@ -318,6 +324,13 @@ def _prepare(config: Any) -> tuple[data.Corpus, LanguageModel, Any, Schedule]:
             f"unknown config.train.nan_policy {t.nan_policy!r}: expected one of "
             f"{', '.join(NAN_POLICIES)}."
         )
+    steps = t.profile_steps
+    whole = all(type(step) is int for step in steps)
+    if steps and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise UserError(
+            "config.train.profile_steps must be the first and the last step to trace, such as "
+            f"(10, 15), or () for none, got {steps}."
+        )
     if t.carry_over_fast_weight and c.model.mixer != "fast_weight":
         raise UserError(f"carry_over_fast_weight has no meaning for {c.model.mixer}.")
     schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
@@ -334,7 +347,7 @@ def _prepare(config: Any) -> tuple[data.Corpus, LanguageModel, Any, Schedule]:
     return corpus, model, adam(schedule, t.clip), schedule
 
 
-def _run(config, workdir, corpus, model, optimizer, schedule) -> int:
+def _run(config, workdir, job_name, corpus, model, optimizer, schedule) -> int:
     c, t = config, config.train
     carry = t.carry_over_fast_weight or c.model.mem_len > 0
     init = functools.partial(init_state, model, optimizer, c.seed, t.batch_size if carry else 0)
@@ -363,19 +376,21 @@ def _run(config, workdir, corpus, model, optimizer, schedule) -> int:
         start_step=step,
         use_wandb=c.report.use_wandb,
         project_name=c.report.project_name,
-        job_name=c.report.job_name or workdir.name,
+        job_name=c.report.job_name or job_name or workdir.name,
         active=parallel.is_first(),
     )
-    with checkpoints, reporter, stop_signals() as stop:
+    # Closed in the other order: the trace's warning still has a reporter to go to.
+    profile = _Profile(t.profile_steps if parallel.is_first() else (), workdir, reporter.message)
+    with checkpoints, reporter, profile, stop_signals() as stop:
         checkpoints.report = reporter.message
         for warning in corpus.warnings:
             reporter.message(f"Warning: {warning}")
         if step == 0:
             reporter.message(parameter_table(state.params))
-        reporter.message(_summary(c, corpus, model))
+        reporter.message(_summary(c, corpus))
         state = _to_devices(state, model, t.batch_size)
         step, halt = _loop(
-            c, corpus, model, optimizer, schedule, state, step, checkpoints, reporter, stop
+            c, corpus, model, optimizer, schedule, state, step, checkpoints, reporter, profile, stop
         )
         checkpoints.wait()
         saved = not parallel.is_first() or checkpoints.latest_step() == step
@@ -384,7 +399,7 @@ def _run(config, workdir, corpus, model, optimizer, schedule) -> int:
     return 143 if halt == signal.SIGTERM else 1 - saved
 
 
-def _loop(c, corpus, model, optimizer, schedule, state, step, checkpoints, reporter, stop):
+def _loop(c, corpus, model, optimizer, schedule, state, step, checkpoints, reporter, profile, stop):
     """Train to the end or to a signal; returns the last step and the signal (0: none)."""
     t, own = c.train, parallel.rows(c.train.batch_size)
     bound = functools.partial(train_step, model, optimizer, schedule)
@@ -409,7 +424,9 @@ def _loop(c, corpus, model, optimizer, schedule, state, step, checkpoints, repor
     while step < t.max_step and not halt:
         tokens, targets, first = corpus.train_batch(step, t.batch_size, t.tgt_len, c.seed, own)
         batch = Batch(tokens, targets, np.full(len(rows), first), rows)
-        state, metrics = update(state, parallel.split(batch))
+        with profile.step(step + 1, state):
+            state, metrics = update(state, parallel.split(batch))
+        profile.after(step + 1, state)
         # A step late, so that the device never waits for the host.
         log.add(pending)
         step += 1
@@ -435,6 +452,57 @@ def _loop(c, corpus, model, optimizer, schedule, state, step, checkpoints, repor
     return step, halt
 
 
+class _Profile:
+    """Traces the steps `first` to `last`, both included, into `workdir/profile`; () for none.
+
+    A resumed run traces those of them that it makes; a run that ends before the last one, what
+    there was.
+    """
+
+    def __init__(self, steps: tuple[int, ...], workdir: Path, report: Callable[[str], None]):
+        self.first, self.last = steps or (0, 0)
+        self.folder, self.report = workdir / "profile", report
+        self.began = 0
+
+    def __enter__(self) -> "_Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.began:
+            self.stop("the end")
+        elif self.last:
+            self.report(f"No trace: this run made none of the steps {self.first} to {self.last}.")
+
+    @contextmanager
+    def step(self, number: int, state: TrainState) -> Iterator[None]:
+        """Around the update that makes step `number` from `state`."""
+        if not self.first <= number <= self.last:
+            yield
+            return
+        if not self.began:
+            jax.block_until_ready(state)  # What was queued before is not part of the trace.
+            jax.profiler.start_trace(self.folder)
+            self.began = number
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def after(self, number: int, state: TrainState) -> None:
+        """Write the trace if `number` was the last step of it."""
+        if self.began and number == self.last:
+            jax.block_until_ready(state)
+            self.stop(f"step {number}")
+
+    def stop(self, end: str) -> None:
+        """Write the trace; a disk that is full costs a warning, not the run."""
+        began, self.began, self.last = self.began, 0, 0
+        try:
+            jax.profiler.stop_trace()
+        except (OSError, RuntimeError) as error:
+            self.report(f"Warning: the trace could not be written ({error}); training goes on.")
+            return
+        self.report(f"Trace of step {began} to {end}: {self.folder}")
+
+
 class _Log:
     """Averages the loss between two lines of the log and measures the speed of training alone."""
 
@@ -442,6 +510,7 @@ class _Log:
         self.t, self.reporter, self.step = t, reporter, step
         self.losses: list[float] = []
         self.last = ""
+        self.compiled = self.estimated = False
         self.restart()
 
     def restart(self) -> None:
@@ -477,9 +546,17 @@ class _Log:
                 f"the {skipped}. in this run."
             )
         self.timed += 1
-        if self.timed == 1 and self.step <= 2:
+        if not self.compiled:
+            self.compiled = True
             self.restart()  # the first step compiles
-            self.timed = 0
+        elif not self.estimated and self.timed == min(ESTIMATED_FROM, self.t.log_interval):
+            self.estimated = True
+            left = (time.monotonic() - self.started) / self.timed * (self.t.max_step - self.step)
+            duration = datetime.timedelta(seconds=round(left))
+            self.reporter.message(
+                f"Estimated duration: {duration} for the {self.t.max_step - self.step:,} steps "
+                "left, validations not counted."
+            )
         if self.step % self.t.log_interval and self.step != self.t.max_step:
             return
         seconds = max(time.monotonic() - self.started, 1e-9)
@@ -516,14 +593,19 @@ def _to_host(state: TrainState) -> dict[str, Any]:
     return _portable(rest._replace(memory=memory))._asdict()
 
 
-def _summary(c: Any, corpus: data.Corpus, model: LanguageModel) -> str:
-    tokens = c.train.batch_size * c.train.tgt_len
-    device = jax.local_devices()[0]
+def _summary(c: Any, corpus: data.Corpus) -> str:
+    """Three lines on data, devices and the length of training."""
+    t, device = c.train, jax.local_devices()[0]
+    words = {"word": "words", "character": "characters"}[corpus.unit]
+    length = len(corpus.streams["train"])
+    tokens = t.batch_size * t.tgt_len
     return (
-        f"{corpus.name}: {len(corpus.streams['train']):,} training tokens, "
-        f"{len(corpus.streams['valid']):,} validation tokens, {len(corpus.vocab):,} words; "
-        f"{jax.device_count()} x {device.device_kind}; {tokens:,} tokens a step, "
-        f"{c.train.max_step:,} steps."
+        f"Data: {corpus.name}, {length:,} training tokens, "
+        f"{len(corpus.streams['valid']):,} validation tokens, {len(corpus.vocab):,} {words}.\n"
+        f"Devices: {jax.device_count()} x {device.device_kind}, {c.model.dtype}, "
+        f"{t.batch_size // jax.device_count()} rows of {t.tgt_len} tokens each.\n"
+        f"Training: {t.max_step:,} steps of {tokens:,} tokens, "
+        f"{t.max_step * tokens / length:.1f} times the text."
     )
 
 

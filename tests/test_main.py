@@ -1,7 +1,9 @@
 """The command line: the whole path of a run, and one clear sentence for everything wrong."""
 
 import contextlib
+import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -20,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import main
 from configs import default
 from fwm import evaluate as evaluation
+from fwm import generate
 from fwm.checkpoint import Checkpoints
 
 # ml_collections loads a config file in this way.
@@ -122,6 +125,13 @@ def refused(result, message):
 def test_training_ends_with_what_to_do_next(trained):
     workdir, (status, out, err) = trained
     assert (status, err) == (0, "")
+    assert "Total: " in out  # of the parameters
+    assert "Data: text, 140 training tokens, 24 validation tokens, 6 words." in out
+    assert "Devices: 2 x cpu, float32, 2 rows of 8 tokens each." in out
+    assert "Training: 4 steps of 32 tokens, 0.9 times the text." in out
+    assert re.search(r"Estimated duration: \d+:\d\d:\d\d for the [12] steps left", out)
+    assert "\r" not in out
+    assert "\x1b" not in out
     assert "step 4/4  loss " in out
     assert ">>> validation at step 2: loss " in out
     assert re.search(r"Best validation perplexity \d+\.\d\d \(approximate, step [24]\)", out)
@@ -189,6 +199,106 @@ def test_a_chosen_checkpoint_and_protocol(trained, tmp_path):
     assert results["tokens"] == 23
     config = json.loads((workdir / "config.json").read_text())
     assert config["eval"]["tgt_len"] == 0  # the run's own config stays as it was
+
+
+# --- use --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["the dog on", ""])
+def test_a_trained_model_writes(trained, prompt):
+    workdir = trained[0]
+    before = contents(workdir)
+    options = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 4, "top_p": 0.95, "seed": 5}
+    arguments = ("generate", workdir, f"--prompt={prompt}")
+    arguments += tuple(f"--config.generate.{name}={value}" for name, value in options.items())
+    if prompt:
+        refused(evaluate(*arguments), "'dog' is not in the vocabulary, which has no <unk>")
+        arguments = (*arguments[:2], "--prompt=the cat on", *arguments[3:])
+    status, out, err = evaluate(*arguments)
+    assert status == 0
+    assert re.fullmatch(r"note: 12 new tokens, [\d.]+ ms each; checkpoint of step [24]\.\n", err)
+    assert out.startswith("the cat on" * bool(prompt))
+    words = out.removesuffix("\n").replace("\n", " <eos> ").split()
+    assert len(words) == 12 + 3 * bool(prompt)
+    assert set(words) <= {*["the", "cat", "sat", "on", "mat"], "<eos>"}
+    assert evaluate(*arguments)[1] == out
+    assert contents(workdir) == before
+
+
+def test_words_outside_the_vocabulary_are_noted(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    text = (workdir / "vocab.txt").read_text()
+    (workdir / "vocab.txt").write_text(text.replace("mat\n", "<unk>\n"))
+    status, out, err = evaluate("generate", workdir, "--prompt=the dog on the mat")
+    assert status == 0
+    assert err.startswith("note: not in the vocabulary, and read as <unk>: dog, mat\n")
+    assert out.startswith("the <unk> on the <unk>")
+
+
+def test_writing_that_is_interrupted(trained, monkeypatch):
+    def interrupted(*given, **options):
+        yield 1, -1.0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "generate", interrupted)
+    status, out, err = evaluate("generate", trained[0])
+    assert status == 130
+    assert len(out.split()) == 1
+    assert err.startswith("note: 1 new tokens; checkpoint")
+
+
+def test_runs_are_compared(trained, tmp_path):
+    runs = [shutil.copytree(trained[0], tmp_path / name) for name in ("a", "b")]
+    (runs[0] / "valid_results.json").write_text('{"perplexity": 34.1234}')
+    # What the paper reports, beside the model that it reports it of.
+    saved = default_of("linear_delta:small")
+    saved["train"]["max_step"] = 1000
+    (runs[1] / "config.json").write_text(json.dumps(saved))
+    status, out, err = call("--mode=compare", f"--workdir={runs[0]},{runs[1]}")
+    assert (status, err) == (0, "")
+    _, _, first, second, last = out.splitlines()
+    assert first.split() == [str(runs[0]), "4", "34.123", "-", "-"]
+    assert second.split() == [str(runs[1]), "4", "-", "-", "34.1", "/", "35.2"]
+    assert last == f"Learning curves: {runs[0] / 'compare.png'}"
+    assert (runs[0] / "compare.png").stat().st_size > 1000
+    refused(call("--mode=compare"), "needs the --workdir")
+    refused(call("--mode=compare", f"--workdir={runs[0]},{tmp_path}"), "holds no run")
+    refused(call("--mode=compare", f"--workdir={runs[0]}", "--config.seed=1"), "has no settings")
+
+
+def default_of(variant):
+    name, _, options = variant.partition(":")
+    config = importlib.import_module(f"configs.{name}").get_config(options)
+    return json.loads(config.to_json())
+
+
+def test_only_what_the_paper_reports_is_said_of_a_run(tmp_path):
+    for variant, expected in [
+        ("linear_delta:small", "34.1 / 35.2"),
+        ("linear_delta:small,no_pos", "-"),
+        ("linear_delta:medium", "-"),
+        ("linear_sum:small", "-"),
+        ("dpfp_delta:small", "-"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(default_of(variant)))
+        assert main.paper_result(tmp_path) == expected
+
+
+def test_some_steps_are_traced(trained, train, tmp_path):
+    workdir = tmp_path / "run"
+    status, out, err = train(workdir, train__profile_steps=(2, 3))
+    assert (status, err) == (0, "")
+    assert f"Trace of step 2 to step 3: {workdir / 'profile'}" in out
+    (trace,) = (workdir / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
+    assert steps == ["2", "3"]
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert not (trained[0] / "profile").exists()
+    # Other steps to trace are no other run; these have been made.
+    status, out, err = train(workdir, train__profile_steps=(3, 4))
+    assert (status, err) == (0, "")
+    assert "No trace: this run made none of the steps 3 to 4." in out
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -321,6 +431,9 @@ COMMAND_LINES = {
     "--config.model.mem_len=4": "mem_len is the memory of transformer_xl",
     "--config.model.d_model=15": "d_model must be even",
     "--config.train.scheduler=linear": "'linear': expected one of cosine, inv_sqrt, constant",
+    "--config.train.profile_steps=(5,2)": r"first and the last step to trace.*got \(5, 2\)",
+    "--config.train.profile_steps=(5,)": r"first and the last step to trace.*got \(5,\)",
+    "--prompt=once": "--prompt belongs to --mode=generate, but the mode is train",
     "--config.train.nan_policy=ignore": "'ignore': expected one of stop, skip",
     "--num_processes=2": "several processes need --coordinator_address=host:port with",
     "--coordinator_address=auto --process_id=0": "or --coordinator_address=auto without them",
@@ -440,7 +553,7 @@ def test_a_workdir_that_is_a_file(train, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("mode", ["valid", "eval"])
+@pytest.mark.parametrize("mode", ["valid", "eval", "generate", "compare"])
 def test_evaluation_where_there_is_no_run(tmp_path, mode):
     refused(call(f"--mode={mode}"), "needs the --workdir of a trained run")
     refused(evaluate(mode, tmp_path / "run"), "holds no run")
@@ -495,4 +608,19 @@ def test_evaluation_with_wrong_settings(trained, override, message):
     before = contents(trained[0])
     overrides = f"--config.{override}".split(" ")
     refused(evaluate("valid", trained[0], *overrides), message)
+    assert contents(trained[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("top_p=0", r"top_p must be above 0 and at most 1 \(all words\), got 0"),
+        ("temperature=-1", "temperature must be 0 .* or more, got -1"),
+        ("checkpoint=3", r"has no checkpoint 3: choose latest, best or one of \[2, 4\]"),
+        ("checkpoint=best,latest", "expected best, latest or the number of a step"),
+    ],
+)
+def test_generation_with_wrong_settings(trained, override, message):
+    before = contents(trained[0])
+    refused(evaluate("generate", trained[0], f"--config.generate.{override}"), message)
     assert contents(trained[0]) == before

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from fwm import reporting
 from fwm.errors import UserError
 from fwm.reporting import COLUMNS, Reporter, compare, parameter_table
 
@@ -97,6 +99,15 @@ def test_files_of_a_run(tmp_path):
     tags = {value.tag for event in events(tmp_path) for value in event.summary.value}
     assert {"config/text_summary", "_hparams_/session_start_info"} <= tags
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_device_memory_where_the_device_tells_it(tmp_path, monkeypatch):
+    device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**29})
+    monkeypatch.setattr(reporting.jax, "local_devices", lambda: [device])
+    with make(tmp_path) as reporter:
+        run(reporter, [1])
+    found = {v.tag: v.simple_value for event in events(tmp_path) for v in event.summary.value}
+    assert found["train/device_memory_gib"] == 1.5
 
 
 def test_a_resumed_log_has_every_step_once(tmp_path):
@@ -325,20 +336,20 @@ def test_compare(tmp_path):
     (a / "test_results.json").write_text('{"perplexity": 35}')
     text = compare([a, b], tmp_path / "out" / "curves.png", {a: "34.1 / 35.2"})
     header, line, first, second = text.splitlines()
-    assert header.split() == [
-        "run",
-        "steps",
-        "valid",
-        "perplexity",
-        "test",
-        "perplexity",
-        "paper",
-    ]
+    names = ["run", "steps", "valid perplexity", "test perplexity", "paper (valid / test)"]
+    assert re.split(r"  +", header) == names
     assert set(line) == {"-", " "}
     assert first.split() == [str(a), "10", "34.123", "35.000", "34.1", "/", "35.2"]
     assert second.split() == [str(b), "10", "-", "-", "-"]
     with Image.open(tmp_path / "out" / "curves.png") as image:
         image.verify()
+    # Other protocols than the paper's say so.
+    results = {"perplexity": 34.5, "stride": 8, "split_stream": True}
+    (b / "test_results.json").write_text(json.dumps(results))
+    row = compare([b], tmp_path / "c.png").splitlines()[2]
+    assert re.split(r"  +", row)[3] == "34.500 (stride 8, rows)"
+    with pytest.raises(UserError, match=r"the figure .*train_log\.csv/c\.png cannot be written"):
+        compare([a], a / "train_log.csv" / "c.png")
     with pytest.raises(UserError, match=r"nothing has no train_log\.csv"):
         compare([a, tmp_path / "nothing"], tmp_path / "c.png")
     for malformed in ("{", "[]", '{"perplexity": "34"}'):

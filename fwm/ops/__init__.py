@@ -1,4 +1,15 @@
-"""Feature maps and fast weight operations on plain arrays; no parameters, no modules."""
+"""Feature maps and fast weight operations on plain arrays; no parameters, no modules.
+
+>>> import jax
+>>> from fwm.ops import delta_rule, dpfp, sum_normalize
+>>> x_q, x_k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 8, 16))  # each [B, T, N, H]
+>>> q, k = (sum_normalize(dpfp(x, 2)) for x in (x_q, x_k))  # features that sum to one
+>>> beta = jax.nn.sigmoid(jax.random.normal(jax.random.key(1), (2, 100, 8)))  # write strength
+>>> out, weights = delta_rule(q, k, v, beta)
+>>> q.shape, out.shape, weights.shape  # [B, T, N, K], [B, T, N, V], [B, N, K, V]
+((2, 100, 8, 64), (2, 100, 8, 16), (2, 8, 64, 16))
+>>> out, weights = delta_rule(q, k, v, beta, weights)  # goes on from what it has learned
+"""
 
 from fwm.ops import recurrent
 from fwm.ops.fast_weights import (

@@ -44,13 +44,21 @@ class Result(NamedTuple):
     seconds: float
 
 
+def read(path: Path) -> list[Result]:
+    """The results of a results.csv, as `write` has written it."""
+    kinds = Result.__annotations__.values()
+    with path.open(encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    return [Result(*(kind(cell) for kind, cell in zip(kinds, row, strict=True))) for row in rows]
+
+
 def write(results: Sequence[Result], workdir: Path) -> str:
     """Write results.csv, results.md and results.png; returns the table, in markdown."""
     with (workdir / "results.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Result._fields, *sorted(results)])
     text = table(results)
     (workdir / "results.md").write_text(text + "\n", encoding="utf-8")
-    draw(results, workdir / "results.png")
+    draw(results).savefig(workdir / "results.png", format="png", dpi=100)
     return text
 
 
@@ -98,10 +106,10 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Sequence[Result], out: Path) -> None:
+def draw(results: Sequence[Result]) -> Any:
     """Loss against S, one line per model through the means and a band of the seeds' range.
 
-    Published points are hollow. The suffix of `out` gives the format.
+    Published points are hollow. Returns a matplotlib Figure.
     """
     from matplotlib.figure import Figure
 
@@ -125,4 +133,4 @@ def draw(results: Sequence[Result], out: Path) -> None:
         axes.plot([], [], "o", color="black", markerfacecolor="none", label="published")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(out, format=out.suffix[1:], dpi=100)
+    return figure

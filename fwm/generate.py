@@ -1,0 +1,354 @@
+"""Generation: what a trained model writes after a prompt, one word at a time.
+
+What the next word depends on is a `Context` of constant size, so that a word takes the same time
+however long the text has become:
+
+- fast weights carried over, and Transformer-XL: the memory, fed with one token at a time;
+- all others: a window of the training length that slides along, as in their evaluation.
+
+Every array has a static shape and each function is compiled once. The probabilities are those
+that `evaluate.carry_over` and `evaluate.sliding_window` score, except that Transformer-XL's
+evaluator, given segments, lets later positions of a segment see more than `mem_len` others.
+"""
+
+import codecs
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from fwm import data
+from fwm.checkpoint import Checkpoints
+from fwm.errors import UserError
+from fwm.model import LanguageModel, build_config, empty_memory
+
+
+class Decoder(NamedTuple):
+    """A trained model and how it reads.
+
+    Fields:
+        model: the language model.
+        variables: its parameters and projections, on the device.
+        window: tokens it was trained to see at once.
+        carried: whether it starts from the memory of what came before; else the window slides.
+    """
+
+    model: LanguageModel
+    variables: Any
+    window: int
+    carried: bool
+
+
+class Context(NamedTuple):
+    """What the next word depends on.
+
+    Fields:
+        memory: of everything before `tokens`; None where the window slides.
+        tokens: the newest ids, filled from the left; right of them anything, as no position sees
+            a later one. Their positions count from the left in training and evaluation too.
+        filled: how many of them are filled.
+    """
+
+    memory: Any
+    tokens: Int[Array, "1 W"]
+    filled: Int[Array, ""]
+
+
+def empty_context(decoder: Decoder) -> Context:
+    """The context before the first word."""
+    config = decoder.model.config
+    memory = empty_memory(config, 1) if decoder.carried else None
+    # Absolute positions start anew in every segment; only without them is one token a segment.
+    one = decoder.carried and (config.no_pos or config.mixer == "transformer_xl")
+    tokens = jnp.zeros((1, 1 if one else decoder.window), jnp.int32)
+    return Context(memory, tokens, jnp.zeros((), jnp.int32))
+
+
+def _log_probs(
+    model: LanguageModel, tokens: Int[Array, "1 W"], at: Int[Array, ""], memory: Any
+) -> tuple[Float[Array, " V"], Any]:
+    """log p of the word after position `at`, and the memory after all positions."""
+    hidden, memory = model.hidden(tokens, memory)
+    x = jax.lax.dynamic_index_in_dim(hidden, at, axis=1, keepdims=False)
+    return model.softmax.log_probs(x, model.embedding.tables, model.embedding.projs)[0], memory
+
+
+def _feed(
+    model: LanguageModel, variables: Any, context: Context, token: Int[Array, ""]
+) -> tuple[Float[Array, " V"], Context]:
+    memory, tokens, filled = context
+    width = tokens.shape[1]
+    if memory is None:
+        tokens = jnp.where(filled == width, jnp.roll(tokens, -1, axis=1), tokens)
+    at = jnp.minimum(filled, width - 1)
+    tokens = tokens.at[0, at].set(token)
+    log_probs, new = model.apply(variables, tokens, at, memory, method=_log_probs)
+    filled = at + 1
+    if memory is not None:
+        # A whole segment moves from the tokens to the memory.
+        whole = filled == width
+        memory = jax.tree.map(lambda old, new: jnp.where(whole, new, old), memory, new)
+        filled = jnp.where(whole, 0, filled)
+    return log_probs, Context(memory, tokens, filled)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(model: LanguageModel) -> tuple[Callable, Callable]:
+    """`_feed`, and a whole segment into the memory."""
+    advance = lambda variables, tokens, memory: model.apply(
+        variables, tokens, memory, method="hidden"
+    )[1]
+    return jax.jit(functools.partial(_feed, model)), jax.jit(advance)
+
+
+def feed(
+    decoder: Decoder, context: Context, token: int | np.integer | Int[Array, ""]
+) -> tuple[Float[Array, " V"], Context]:
+    """Read one more token: log p of every next word, [n_token] float32, and the new context."""
+    step, _ = _compiled(decoder.model)
+    return step(decoder.variables, context, jnp.asarray(token, jnp.int32))
+
+
+def begin(
+    decoder: Decoder, prompt: Sequence[int] | Int[np.ndarray, " P"]
+) -> tuple[Float[Array, " V"], Context]:
+    """Read a prompt of any length: log p of every next word, [n_token] float32, and the context.
+
+    Raises:
+        UserError: an empty prompt.
+    """
+    ids = np.asarray(prompt, np.int32)
+    if len(ids) == 0:
+        raise UserError("the prompt is empty: expected at least one token.")
+    _, advance = _compiled(decoder.model)
+    context = empty_context(decoder)
+    if decoder.carried:
+        memory = context.memory
+        while len(ids) > decoder.window:
+            segment, ids = ids[: decoder.window], ids[decoder.window :]
+            memory = advance(decoder.variables, jnp.asarray(segment)[None], memory)
+        context = context._replace(memory=memory)
+    else:
+        ids = ids[-decoder.window :]
+    width = context.tokens.shape[1]
+    if width > 1:
+        # Tokens of an unfinished window only have to be put into it.
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : len(ids) - 1] = ids[:-1]
+        filled = jnp.asarray(len(ids) - 1, jnp.int32)
+        context = context._replace(tokens=jnp.asarray(tokens), filled=filled)
+        ids = ids[-1:]
+    for token in ids:
+        log_probs, context = feed(decoder, context, token)
+    return log_probs, context
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
+def sample(
+    key: Key[Array, ""],
+    log_probs: Float[Array, " V"],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Int[Array, ""]:
+    """Draw a word.
+
+    Args:
+        key: of this draw.
+        log_probs: log p of every word.
+        temperature: log p is divided by it; 0 takes the most probable word.
+        top_k: draw from so many most probable words; 0: from all.
+        top_p: of these, draw from the fewest most probable ones that together have this share of
+            the probability (nucleus sampling, Holtzman et al. 2020); 1: from all.
+    """
+    if temperature == 0.0:
+        return jnp.argmax(log_probs).astype(jnp.int32)
+    logits = log_probs / temperature
+    if top_k == 0 and top_p == 1.0:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    size = logits.shape[0]
+    logits, words = jax.lax.top_k(logits, min(top_k or size, size))  # falling
+    probabilities = jax.nn.softmax(logits)
+    before = jnp.cumsum(probabilities) - probabilities
+    logits = jnp.where(before < top_p, logits, -jnp.inf)  # the first is always kept
+    return words[jax.random.categorical(key, logits)].astype(jnp.int32)
+
+
+def generate(
+    decoder: Decoder,
+    prompt: Sequence[int] | Int[np.ndarray, " P"],
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[tuple[int, float]]:
+    """Yield (id, log p) of one new word after the other; log p is the model's own, in nats.
+
+    The same seed gives the same words. Memory and time per word do not grow.
+
+    Raises:
+        UserError: an option out of range, an empty prompt.
+    """
+    for name, value, good, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (no chance) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (all words) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all words)"),
+    ):
+        if not good:
+            raise UserError(f"{name} must be {expected}, got {value}.")
+    return _generate(decoder, prompt, max_new_tokens, (temperature, top_k, top_p), seed)
+
+
+def _generate(decoder, prompt, max_new_tokens, options, seed) -> Iterator[tuple[int, float]]:
+    temperature, top_k, top_p = options
+    key = jax.random.key(seed)
+    log_probs, context = begin(decoder, prompt)
+    token = None
+    for number in range(max_new_tokens):
+        if token is not None:
+            log_probs, context = feed(decoder, context, token)
+        token = sample(
+            jax.random.fold_in(key, number),
+            log_probs,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        yield int(token), float(log_probs[token])
+
+
+def log_probs(
+    decoder: Decoder,
+    prompt: Sequence[int] | Int[np.ndarray, " P"],
+    continuation: Sequence[int] | Int[np.ndarray, " S"],
+) -> Float[np.ndarray, " S"]:
+    """log p, in nats, of every word of a given continuation, read as if it had been drawn."""
+    row, context = begin(decoder, prompt)
+    found = []
+    for token in continuation:
+        found.append(row[token])
+        row, context = feed(decoder, context, token)
+    return np.array(found, np.float32)
+
+
+# --- a run's model, and text ----------------------------------------------------------------------
+
+
+def load(
+    config: Any, workdir: Path, report: Callable[[str], None] = print
+) -> tuple[Decoder, data.Vocabulary, int]:
+    """The model of a run, its vocabulary, and the step of its checkpoint.
+
+    Args:
+        config: the run's, as `main.config_of_run` reads it; `config.generate.checkpoint` chooses
+            the checkpoint, and what `config.eval` changes of the model's reading holds here too.
+        workdir: of the run.
+        report: is told about damaged checkpoints.
+
+    Raises:
+        UserError: no run in workdir, no such checkpoint.
+    """
+    c, which = config, config.generate.checkpoint
+    if which not in ("best", "latest") and not which.isdecimal():
+        raise UserError(
+            f"config.generate.checkpoint={which!r}: expected best, latest or the number of a step."
+        )
+    vocab = data.Vocabulary.load(workdir / "vocab.txt")
+    overrides = {k: c.eval[k] for k in ("mem_len", "clamp_len") if c.eval[k] > 0}
+    model_config = build_config(c.model.to_dict() | overrides, len(vocab))
+    with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
+        wanted: Any = int(which) if which.isdecimal() else which
+        step, saved = checkpoints.restore_subtree(("params", "favor"), wanted)
+    variables = jax.device_put({"params": saved["params"], **(saved["favor"] or {})})
+    carried = c.train.carry_over_fast_weight or model_config.mem_len > 0
+    window = c.eval.tgt_len or c.train.tgt_len
+    return Decoder(LanguageModel(model_config), variables, window, carried), vocab, step
+
+
+def text_pieces(vocab: data.Vocabulary, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come, in pieces that together are `vocab.decode(ids)`.
+
+    A word with the space before it, a newline for `<eos>`, or a character (of bytes: when its last
+    byte has come).
+    """
+    if vocab._bytes:
+        # A character may be several of them.
+        decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        pieces = (decode(bytes([int(vocab.symbols[i])])) for i in ids)
+        yield from filter(None, pieces)
+        yield from filter(None, [decode(b"", final=True)])
+        return
+    before: list[int] = []
+    for i in ids:
+        # What a word adds, space or none, is decided by the one before.
+        yield vocab.decode([*before, i])[len(vocab.decode(before)) :]
+        before = [i]
+
+
+def encode_prompt(vocab: data.Vocabulary, prompt: str) -> tuple[np.ndarray, list[str]]:
+    """Ids of a prompt, [P] int32, and those of its words that are outside the vocabulary.
+
+    Raises:
+        UserError: a symbol is unknown and the vocabulary has no `<unk>`.
+    """
+    words = prompt.split() if vocab.unk_id is not None and vocab.eos_id is not None else []
+    unknown = [word for word in dict.fromkeys(words) if word not in vocab.index]
+    return vocab.encode(prompt, add_eos=False), unknown
+
+
+def run(config: Any, workdir: Path, prompt: str) -> int:
+    """Write the prompt and what the model adds to standard output, word by word.
+
+    Notes go to standard error, so that standard output is the text alone.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        UserError: no run in workdir, no such checkpoint, an option out of range, a prompt that
+            the vocabulary cannot write.
+    """
+    note = functools.partial(print, file=sys.stderr, flush=True)
+    decoder, vocab, step = load(config, workdir, report=note)
+    ids, unknown = encode_prompt(vocab, prompt)
+    if unknown:
+        note(f"note: not in the vocabulary, and read as <unk>: {', '.join(unknown)}")
+    if len(ids) == 0 and vocab.eos_id is None:
+        raise UserError("--mode=generate with a character model needs --prompt=... to go on from.")
+    # Where there is no prompt, the end of a line announces a new one.
+    start = ids if len(ids) else vocab.encode("\n")
+    options = config.generate.to_dict()
+    del options["checkpoint"]
+    words = generate(decoder, start, **options)
+
+    times: list[float] = []
+
+    def new_ids() -> Iterator[int]:
+        for i, _ in words:
+            times.append(time.monotonic())
+            yield i
+
+    status = 0
+    try:
+        for piece in text_pieces(vocab, itertools.chain(ids.tolist(), new_ids())):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        status = 130
+    print(flush=True)
+    pace = ""
+    if len(times) > 1:  # The first word waits for compilation.
+        pace = f", {1e3 * (times[-1] - times[0]) / (len(times) - 1):.2f} ms each"
+    note(f"note: {len(times)} new tokens{pace}; checkpoint of step {step}.")
+    return status
