@@ -85,6 +85,12 @@ def parse(argv: list[str]) -> ConfigDict:
         raise UserError(_sentence(error)) from error
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}: expected --flag=value only.")
+    for name, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
+        if isinstance(value, ConfigDict | dict):
+            raise UserError(
+                f"--config.{name} is a group of settings: set them one by one, as in "
+                f"--config.{name}.{min(default.defaults()[name])}=..."
+            )
     if MODE.value == "train" and not given:
         variants = sorted(p.stem for p in Path(default.__file__).parent.glob("*.py"))
         raise UserError(
