@@ -2,16 +2,19 @@
 
     python -m benchmarks.train_step                          small and medium, all variants
     python -m benchmarks.train_step --preset small --variants linear_delta --batches 16
+    python -m benchmarks.train_step --memory                 memory at the paper's batch
     python -m benchmarks.train_step --parts linear_delta     where the time of a small step goes
 
 One step is everything: dropout, forward, backward, clipping, Adam, on tokens with WikiText-103's
 shares of the adaptive softmax's clusters. Steps and the matmul alternate; figures are medians.
-Prints a table and writes benchmarks/results/train_step_<device>.json.
+Prints a table and writes benchmarks/results/train_step_<device>.json; with --memory only what the
+compiler says of the memory of a step at the paper's batch, in train_memory_<device>.json.
 """
 
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import sys
 import time
@@ -41,8 +44,8 @@ def tokens_like_wikitext(cutoffs: tuple[int, ...], rows: int, length: int) -> np
     return rng.integers(bounds[cluster], bounds[cluster + 1]).astype(np.int32)
 
 
-def measure(variant: str, preset: str, rows: int, dtype: str, rounds: int) -> dict:
-    """One row of the table."""
+def prepare(variant: str, preset: str, rows: int, dtype: str) -> tuple:
+    """Config, model, and one step as a function with its abstract arguments and their maker."""
     config = importlib.import_module(f"configs.{variant}").get_config(preset)
     fields = config.model.to_dict() | {"dtype": dtype}
     model = LanguageModel(build_config(fields, common.WIKITEXT_TOKENS))
@@ -50,12 +53,35 @@ def measure(variant: str, preset: str, rows: int, dtype: str, rounds: int) -> di
     schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
     optimizer = adam(schedule, t.clip)
     carry = rows if config.model.mem_len else 0
-    started = time.perf_counter()
-    state = jax.jit(functools.partial(init_state, model, optimizer, 1, carry))()
+    make_state = functools.partial(init_state, model, optimizer, 1, carry)
     stream = tokens_like_wikitext(model.config.cutoffs, rows, t.tgt_len + 1)
     batch = Batch(stream[:, :-1], stream[:, 1:], np.zeros(rows, bool), np.arange(rows))
-    batch = jax.device_put(batch)
     step = jax.jit(functools.partial(train_step, model, optimizer, schedule), donate_argnums=0)
+    return config, model, step, make_state, batch
+
+
+def memory(variant: str, preset: str, dtype: str) -> dict:
+    """Memory of a step at the paper's batch, on one device: compiled, not run."""
+    paper = importlib.import_module(f"configs.{variant}").get_config(preset).train
+    _, _, step, make_state, batch = prepare(variant, preset, paper.batch_size, dtype)
+    analysis = step.lower(jax.eval_shape(make_state), batch).compile().memory_analysis()
+    return {
+        "variant": variant,
+        "preset": preset,
+        "batch": f"{paper.batch_size} x {paper.tgt_len}",
+        "dtype": dtype,
+        "temporary_gb": round(analysis.temp_size_in_bytes / 1e9, 2),
+        "state_and_batch_gb": round(analysis.argument_size_in_bytes / 1e9, 2),
+    }
+
+
+def measure(variant: str, preset: str, rows: int, dtype: str, rounds: int) -> dict:
+    """One row of the table."""
+    config, model, step, make_state, batch = prepare(variant, preset, rows, dtype)
+    t = config.train
+    started = time.perf_counter()
+    state = jax.jit(make_state)()
+    batch = jax.device_put(batch)
     compiled = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - started
     holder = [state]
@@ -82,7 +108,7 @@ def measure(variant: str, preset: str, rows: int, dtype: str, rounds: int) -> di
         "mflops_per_token": round(flops / 1e6, 1),
         "peak_gflops": round(peak / 1e9),
         "share_of_peak": round(speed * flops / peak, 3),
-        "temp_gib": round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 2),
+        "temporary_gb": round(compiled.memory_analysis().temp_size_in_bytes / 1e9, 2),
         "compile_seconds": round(compile_seconds, 1),
         "hours_for_the_papers_run": round(t.max_step * t.batch_size * t.tgt_len / speed / 3600, 1),
     }
@@ -157,6 +183,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, default=[4, 16] if cpu else [])
     parser.add_argument("--dtypes", nargs="*", default=["float32"] + ["bfloat16"] * (not cpu))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="only memory, at the paper's batch")
     parser.add_argument("--parts", metavar="VARIANT", help="only the parts of one step")
     arguments = parser.parse_args()
     if arguments.parts:
@@ -165,22 +192,28 @@ def main() -> None:
             print(f"| {name} | {value:.0f} ms |")
         return
     table: list[dict] = []
-    for preset in arguments.preset:
-        for variant in arguments.variants:
-            paper = importlib.import_module(f"configs.{variant}").get_config(preset).train
+
+    def add(row: dict) -> None:
+        if not table:
+            print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
+        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+        table.append(row)
+
+    for preset, variant in itertools.product(arguments.preset, arguments.variants):
+        paper = importlib.import_module(f"configs.{variant}").get_config(preset).train
+        for dtype in arguments.dtypes:
+            if arguments.memory:
+                add(memory(variant, preset, dtype))
+                continue
             for batch in arguments.batches or [paper.batch_size]:
-                for dtype in arguments.dtypes:
-                    row = measure(variant, preset, batch, dtype, arguments.rounds)
-                    if not table:
-                        print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
-                    print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-                    table.append(row)
+                add(measure(variant, preset, batch, dtype, arguments.rounds))
     result = {
         "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
         **common.environment(),
         "rows": table,
     }
-    path = Path(__file__).parent / "results" / f"train_step_{common.device_name()}.json"
+    name = f"train_{'memory' if arguments.memory else 'step'}_{common.device_name()}.json"
+    path = Path(__file__).parent / "results" / name
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

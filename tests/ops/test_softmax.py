@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import relative_error
 
+from fwm.ops import softmax as module
 from fwm.ops.softmax import causal_attention, relative_attention
 
 
@@ -99,6 +100,31 @@ def test_relative_attention(same_length, n_memory):
     for b, length in enumerate(lengths):
         np.testing.assert_array_equal(dk[b, : n_memory - length], 0.0)
     assert np.isfinite(dk).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_relative_attention_in_blocks_equals_one_piece(rows, monkeypatch):
+    n_batch, n_query, n_head, width, n_memory = 6, 40, 2, 4, 30
+    n_slot = n_memory + n_query
+    monkeypatch.setattr(module, "_CPU_SCORES", rows * n_head * n_query * n_slot)
+    *inputs, dout = draw(
+        (n_batch, n_query, n_head, width),
+        *[(n_batch, n_slot, n_head, width)] * 2,
+        (n_slot, n_head, width),
+        *[(n_head, width)] * 2,
+        (n_batch, n_query, n_head, width),
+    )
+    options = {"length": jnp.arange(n_batch), "mem_len": 50, "scale": 0.5}
+
+    @partial(jax.jit, static_argnums=0)
+    def run(dropout):
+        out, pull = jax.vjp(
+            lambda *x: relative_attention(*x, dropout=dropout, **options), *map(jnp.asarray, inputs)
+        )
+        return [out, *pull(dout)]
+
+    for a, b in zip(run(None), run(lambda probabilities: probabilities), strict=True):
+        assert relative_error(a, np.float64(b)) < 2e-6
 
 
 def test_dropout_is_applied_to_the_probabilities():
