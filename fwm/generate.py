@@ -12,8 +12,10 @@ evaluator, given segments, lets later positions of a segment see more than `mem_
 """
 
 import codecs
+import collections
 import functools
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +31,8 @@ from fwm import data
 from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
 from fwm.model import LanguageModel, build_config, empty_memory
+
+PACED = 1000  # A long text's note compares the pace of so many first and last tokens.
 
 
 class Decoder(NamedTuple):
@@ -314,7 +318,7 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
     Notes go to standard error, so that standard output is the text alone.
 
     Returns:
-        The exit status: 0, or 130 after Ctrl-C.
+        The exit status: 0, 130 after Ctrl-C, 141 where nobody reads on.
 
     Raises:
         UserError: no run in workdir, no such checkpoint, an option out of range, a prompt that
@@ -333,11 +337,17 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
     del options["checkpoint"]
     words = generate(decoder, start, **options)
 
-    times: list[float] = []
+    first: list[float] = []
+    last: collections.deque[float] = collections.deque(maxlen=PACED + 1)
+    count = 0
 
     def new_ids() -> Iterator[int]:
+        nonlocal count
         for i, _ in words:
-            times.append(time.monotonic())
+            count += 1
+            last.append(time.monotonic())
+            if len(first) <= PACED:
+                first.append(last[-1])
             yield i
 
     status = 0
@@ -346,9 +356,16 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # Nobody reads on, as after `| head`: what comes now goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     print(flush=True)
+    each = lambda start, end, tokens: f"{1e3 * (end - start) / tokens:.2f} ms"
     pace = ""
-    if len(times) > 1:  # The first word waits for compilation.
-        pace = f", {1e3 * (times[-1] - times[0]) / (len(times) - 1):.2f} ms each"
-    note(f"note: {len(times)} new tokens{pace}; checkpoint of step {step}.")
+    if count > 1:  # The first word waits for compilation.
+        pace = f", {each(first[0], last[-1], count - 1)} each"
+    if count > 2 * PACED:
+        of_first, of_last = each(first[0], first[-1], PACED), each(last[0], last[-1], PACED)
+        pace += f" (the first {PACED}: {of_first}, the last {PACED}: {of_last})"
+    note(f"note: {count} new tokens{pace}; checkpoint of step {step}.")
     return status

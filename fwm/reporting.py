@@ -32,6 +32,7 @@ from fwm.errors import UserError
 LOG = "train_log.csv"
 CURVE = "learning_curve.png"
 WANDB_ID = "wandb_id.json"
+REDRAW_SECONDS = 0.2  # between two states of the live line
 COLUMNS = (
     "step",
     "split",
@@ -172,6 +173,7 @@ class Reporter:
         self._stream = sys.stdout if stream is None else stream
         self._live = self._stream.isatty()
         self._progress = ""
+        self._drawn = -math.inf
         self._total_steps = total_steps
         self._started = time.monotonic()
         self._warned: set[str] = set()
@@ -204,15 +206,18 @@ class Reporter:
             return
         values = {"perplexity": _perplexity(scalars["loss"]), **scalars}
         values["tokens_per_second"] = tokens_per_second
-        left = "" if seconds_left is None else f"  {_duration(seconds_left)} left"
-        self._show_progress(
-            f"step {step}/{self._total_steps}  loss {values['loss']:.4f}  "
-            f"perplexity {_short(values['perplexity'])}  {tokens_per_second:,.0f} tokens/s{left}"
-        )
+        self._show_progress(step, scalars["loss"], tokens_per_second, seconds_left)
         memory = jax.local_devices()[0].memory_stats()
         if memory is not None:  # CPU has none.
             values["device_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         self._record(step, "train", values, time.monotonic() - self._started)
+
+    def progress(
+        self, step: int, loss: float, *, tokens_per_second: float, seconds_left: float | None
+    ) -> None:
+        """Move a terminal's live line on, between two reports; elsewhere nothing."""
+        if self._active and self._live and time.monotonic() - self._drawn > REDRAW_SECONDS:
+            self._show_progress(step, loss, tokens_per_second, seconds_left)
 
     def valid(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
         """Report a validation, which took `seconds`, and redraw the learning curve."""
@@ -239,12 +244,13 @@ class Reporter:
         self._stream.flush()
 
     def close(self) -> None:
-        """End the progress line, the event file and the W&B run."""
+        """Erase the progress line; end the event file and the W&B run."""
         if not self._active:
             return
         self._active = False
         if self._progress:
-            self._stream.write("\n")
+            # What comes now says where the run stands.
+            self._stream.write("\r\x1b[K")
             self._stream.flush()
             self._progress = ""
         if self._events is not None:
@@ -253,14 +259,27 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _show_progress(self, line: str) -> None:
-        if self._live:
+    def _show_progress(
+        self, step: int, loss: float, tokens_per_second: float, seconds_left: float | None
+    ) -> None:
+        line = (
+            f"step {step}/{self._total_steps}  loss {loss:.4f}  "
+            f"perplexity {_short(_perplexity(loss))}"
+        )
+        if tokens_per_second:  # Unknown after the first step, which compiles.
+            line += f"  {tokens_per_second:,.0f} tokens/s"
+        if seconds_left is not None:
+            line += f"  {_duration(seconds_left)} left"
+        erase = "\r\x1b[K" if self._live else ""
+        if self._live and step < self._total_steps:
             # A line that wraps could not be overwritten.
             self._progress = line[: shutil.get_terminal_size().columns - 1]
-            self._stream.write(f"\r\x1b[K{self._progress}")
+            self._stream.write(erase + self._progress)
         else:
-            self._stream.write(f"{line}\n")
+            self._progress = ""
+            self._stream.write(f"{erase}{line}\n")
         self._stream.flush()
+        self._drawn = time.monotonic()
 
     def _record(self, step: int, split: str, values: Mapping[str, float], seconds: float) -> None:
         values = {name: float(value) for name, value in values.items()}

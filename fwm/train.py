@@ -557,16 +557,16 @@ class _Log:
                 f"Estimated duration: {duration} for the {self.t.max_step - self.step:,} steps "
                 "left, validations not counted."
             )
+        loss = sum(self.losses) / len(self.losses) if self.losses else loss
+        speed = self.timed / max(time.monotonic() - self.started, 1e-9)
+        pace = {
+            "tokens_per_second": speed * self.t.batch_size * self.t.tgt_len,
+            "seconds_left": (self.t.max_step - self.step) / speed if speed else None,
+        }
         if self.step % self.t.log_interval and self.step != self.t.max_step:
+            self.reporter.progress(self.step, loss, **pace)
             return
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        speed = self.timed / seconds
-        self.reporter.train(
-            self.step,
-            {"loss": sum(self.losses) / len(self.losses) if self.losses else loss} | scalars,
-            tokens_per_second=speed * self.t.batch_size * self.t.tgt_len,
-            seconds_left=(self.t.max_step - self.step) / speed if speed else None,
-        )
+        self.reporter.train(self.step, {"loss": loss} | scalars, **pace)
         self.losses = []
         self.restart()
 

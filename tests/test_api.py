@@ -1,9 +1,17 @@
-"""The examples in the docstrings of what is useful alone."""
+"""What is useful alone: the examples in the docstrings, and the package that pip installs."""
 
 import doctest
 import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("module", ["fwm.ops", "fwm.layers"])
@@ -11,3 +19,47 @@ def test_examples(module):
     failed, attempted = doctest.testmod(importlib.import_module(module))
     assert failed == 0
     assert attempted >= 7
+
+
+# Of fwm as installed, outside the checkout: modules and the failures of their examples.
+INSTALLED = """
+import doctest, importlib, importlib.util
+for name in ("fwm.ops", "fwm.layers"):
+    module = importlib.import_module(name)
+    print(module.__file__, *doctest.testmod(module))
+print(importlib.util.find_spec("configs"), importlib.util.find_spec("main"))
+"""
+
+
+def test_the_installed_package(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "fwm", source / "fwm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", source / "configs")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "main.py"):
+        shutil.copy(ROOT / name, source)
+    # Neither an index nor a network: setuptools is here already.
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-index", "--no-deps", "--verbose"]
+    done = subprocess.run(
+        [*build, "--no-build-isolation", f"--wheel-dir={tmp_path}"],
+        cwd=source, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "DeprecationWarning" not in done.stdout
+    (wheel,) = tmp_path.glob("fwm-*.whl")
+    with ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path / "site")
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fwm").rglob("*.py")}
+    assert files == modules
+    shutil.rmtree(source)
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED],
+        cwd=tmp_path / "elsewhere", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *examples, others = done.stdout.splitlines()
+    for line, name in zip(examples, ("ops/__init__.py", "layers.py"), strict=True):
+        assert line.startswith(f"{tmp_path / 'site' / 'fwm' / name} 0 ")
+    assert others == "None None"

@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import pickle
 import re
 import shutil
@@ -225,6 +226,15 @@ def test_a_trained_model_writes(trained, prompt):
     assert contents(workdir) == before
 
 
+def test_the_pace_of_a_long_text(trained, monkeypatch):
+    monkeypatch.setattr(generate, "PACED", 4)
+    status, _, err = evaluate("generate", trained[0], "--config.generate.max_new_tokens=9")
+    assert status == 0
+    ms = r"[\d.]+ ms"
+    pace = rf"{ms} each \(the first 4: {ms}, the last 4: {ms}\)"
+    assert re.fullmatch(rf"note: 9 new tokens, {pace}; checkpoint of step [24]\.\n", err)
+
+
 def test_words_outside_the_vocabulary_are_noted(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
     text = (workdir / "vocab.txt").read_text()
@@ -245,6 +255,15 @@ def test_writing_that_is_interrupted(trained, monkeypatch):
     assert status == 130
     assert len(out.split()) == 1
     assert err.startswith("note: 1 new tokens; checkpoint")
+
+
+def test_writing_that_nobody_reads(trained, capfd):
+    config = main.config_of_run(trained[0], {})
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, contextlib.redirect_stdout(pipe):
+        assert generate.run(config, trained[0], "the cat") == 141
+    assert "note: 0 new tokens; checkpoint" in capfd.readouterr().err
 
 
 def test_runs_are_compared(trained, tmp_path):

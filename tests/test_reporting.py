@@ -1,6 +1,5 @@
 """Reports: the log after kills and resumes, terminal lines, TensorBoard, W&B, comparison."""
 
-import importlib.util
 import io
 import json
 import math
@@ -17,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
+from test_main import place, pytestmark, train  # noqa: F401
 
+import main
 from fwm import reporting
 from fwm.errors import UserError
 from fwm.reporting import COLUMNS, Reporter, compare, parameter_table
@@ -169,15 +170,38 @@ def test_one_live_line_on_a_terminal(tmp_path, monkeypatch):
         run(reporter, [9])
         reporter.message("between")
         run(reporter, [10])
+        text = stream.getvalue()
+        monkeypatch.setattr(reporting, "REDRAW_SECONDS", 60.0)
+        reporter.progress(19, 0.5, tokens_per_second=0.0, seconds_left=None)
+        assert stream.getvalue() == text  # No faster than it can be read.
+        monkeypatch.setattr(reporting, "REDRAW_SECONDS", 0.0)
+        reporter.progress(20, 0.5, tokens_per_second=0.0, seconds_left=None)
+        assert stream.getvalue() == text + "\r\x1b[Kstep 20/30  loss 0.5000  perplexity 1.65"
+        run(reporter, [30])
+        reporter.message("done")
     text = stream.getvalue()
-    assert text.count("\n") == 3
-    assert text.endswith("\n")
     progress = "\r\x1b[Kstep 9/30  loss 0.5556  perplexity 1.74  1,234 tokens/s  1:"
     assert text.startswith(progress + "\r\x1b[Kbetween\nstep 9/30")
     assert "\x1b[1m>>> validation at step 10" in text
+    # The last step is no progress any more.
+    first, second, third = text.splitlines()[-3:]
+    assert first.split("\x1b[K")[-1].startswith("step 30/30  loss 0.1667")
+    assert second.startswith("\x1b[1m>>> validation at step 30")
+    assert (third, text[-1]) == ("done", "\n")
     for line in text.replace("\n", "\r").split("\r"):
         visible = line.replace("\x1b[K", "").replace("\x1b[1m", "").replace("\x1b[0m", "")
-        assert len(visible) < 60 or visible.startswith(">>>")
+        assert len(visible) < 60 or visible.startswith((">>>", "step 30/30"))
+
+
+def test_nothing_of_a_live_line_remains(tmp_path):
+    for stream, end in (Terminal(), "\r\x1b[K"), (io.StringIO(), " left\n"):
+        with make(tmp_path, stream) as reporter:
+            run(reporter, [9])
+            lines = stream.getvalue()
+            if not stream.isatty():
+                reporter.progress(10, 0.5, tokens_per_second=1.0, seconds_left=1.0)
+                assert stream.getvalue() == lines
+        assert stream.getvalue().endswith(end)
 
 
 def test_an_inactive_reporter_does_nothing(tmp_path):
@@ -300,31 +324,59 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-REAL_WANDB = """
-import sys, time
-from pathlib import Path
-from fwm.reporting import Reporter
+def records(path):
+    """What W&B has logged offline: its protobuf records, in blocks of a LevelDB log."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
-names = {"use_wandb": True, "project_name": "lm", "job_name": "delta"}
-config = {"model": {"d_model": 8}}
-for start in (0, 10):
-    with Reporter(
-        Path(sys.argv[1]), config=config, total_steps=20, start_step=start, **names
-    ) as reporter:
-        reporter.train(start + 10, {"loss": 1.0}, tokens_per_second=1.0, seconds_left=None)
-    time.sleep(1.1)  # W&B names its folders by the second.
-"""
+    data, at, record = path.read_bytes(), 7, b""
+    while at < len(data):
+        if 2**15 - at % 2**15 < 7:  # Headers are not divided between blocks.
+            at += 2**15 - at % 2**15
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_real_wandb_offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    subprocess.run([sys.executable, "-c", REAL_WANDB, str(tmp_path)], check=True)
-    name = json.loads((tmp_path / "wandb_id.json").read_text())
-    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
-    assert len(runs) == 2
-    assert all(path.stat().st_size > 0 for path in runs)
+def test_real_wandb_offline(train, tmp_path, monkeypatch):  # noqa: F811
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    workdir = tmp_path / "run"
+    for first, given in (1, {}), (3, {"project_name": "lm", "job_name": "delta"}):
+        report = {"use_wandb": True} | given
+        status, _, err = train(workdir, **{f"report__{k}": v for k, v in report.items()})
+        assert (status, err) == (0, "")
+        (path,) = (workdir / "wandb").glob("offline-run-*/run-*.wandb")
+        found = list(records(path))
+        (run,) = (record.run for record in found if record.HasField("run"))
+        assert run.run_id == json.loads((workdir / "wandb_id.json").read_text())
+        by_default = main._describe(main.config_of_run(workdir, {}))
+        assert by_default.startswith("text-dpfp-delta-none-nu2-L1-d16-")
+        assert run.project == given.get("project_name", "fwm")
+        assert run.display_name == given.get("job_name", by_default)
+        # All settings, as they are in config.json.
+        settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+        saved = json.loads((workdir / "config.json").read_text())
+        assert settings == saved | {"_wandb": settings["_wandb"]}
+        # All numbers, as they are in train_log.csv.
+        logged = {
+            (record.history.step.num, *item.nested_key[0].split("/")): json.loads(item.value_json)
+            for record in found
+            for item in record.history.item
+        }
+        for row in rows(workdir):
+            step, split = int(row.pop("step")), row.pop("split")
+            del row["seconds"]
+            for name, value in row.items():
+                assert not value or step < first or logged[step, split, name] == float(value)
+        assert {key[0] for key in logged} == set(range(first, 5))
+        # The second run goes on from step 2; a folder's name has the second in it.
+        shutil.rmtree(workdir / "checkpoints" / "4")
+        path.parent.rename(tmp_path / f"from {first}")
+    sys.modules["wandb"].teardown()
 
 
 def test_compare(tmp_path):
