@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from fwm import ops
@@ -184,21 +185,15 @@ class FastWeightAttention(nn.Module):
         delta = self.update_rule == "delta"
         # One channel more per head for the write strength beta of the delta rule.
         qkv = _project((self.n_head, 3 * d + delta), -1, self.dtype, "qkv")(x)
-        # The memory sums over many tokens: from here to the read-out in float32 (cast by the op).
         q, k, v = qkv[..., :d], qkv[..., d : 2 * d], qkv[..., 2 * d : 3 * d]
         beta = jax.nn.sigmoid(qkv[..., 3 * d].astype(jnp.float32)) if delta else None
-        features = FEATURE_MAPS[self.feature_map](self)
-
-        def address(x):
-            x = features(x.astype(jnp.float32))
-            return ops.sum_normalize(x) if delta else x  # sums to one (4.2)
-
-        q, k = address(q), address(k)
+        address = _address_to_one if delta else _address
+        features = Partial(address, FEATURE_MAPS[self.feature_map](self))
+        if self.is_mutable_collection("intermediates"):  # for those who look inside: notebooks/03
+            self.sow("intermediates", "memory_inputs", (features(q), features(k), v, beta))
         scale = d**-0.5
         if not self.scale_output:
-            q = q * scale
-        # For those who look inside (notebooks/03): nothing unless asked for by `mutable`.
-        self.sow("intermediates", "memory_inputs", (q, k, v, beta))
+            q, k = features(q) * scale, features(k)
         out, state = ops.fast_weight_attention(
             q,
             k,
@@ -207,6 +202,7 @@ class FastWeightAttention(nn.Module):
             state,
             update_rule=self.update_rule,
             attn_normalization=self.attn_normalization,
+            features=features if self.scale_output else None,
         )
         if last is not None:
             out = out[:, -last:]
@@ -230,11 +226,23 @@ class FastWeightAttention(nn.Module):
         ).value
 
 
-# From the layer that has the options to the map of [B, T, N, H] to features [B, T, N, K].
-FEATURE_MAPS: dict[str, Callable[[FastWeightAttention], Callable[[Array], Array]]] = {
-    "elu": lambda layer: ops.elu_plus_one,
-    "favor": lambda layer: functools.partial(ops.favor, projection=layer.projection()),
-    "dpfp": lambda layer: functools.partial(ops.dpfp, n_roll=layer.dpfp_n_roll),
+# The memory sums over many tokens: from the features to the read-out in float32.
+
+
+def _address(features: Callable[[Array], Array], x: Array) -> Array:
+    return features(x.astype(jnp.float32))
+
+
+def _address_to_one(features: Callable[[Array], Array], x: Array) -> Array:
+    """Features that sum to one, as the delta rule takes them (paper, section 4.2)."""
+    return ops.sum_normalize(_address(features, x))
+
+
+# From the layer that has the options to the map of [..., H] to features [..., K].
+FEATURE_MAPS: dict[str, Callable[[FastWeightAttention], Partial]] = {
+    "elu": lambda layer: Partial(ops.elu_plus_one),
+    "favor": lambda layer: Partial(ops.favor, projection=layer.projection()),
+    "dpfp": lambda layer: Partial(functools.partial(ops.dpfp, n_roll=layer.dpfp_n_roll)),
 }
 
 

@@ -8,13 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import exact, float32, make_inputs, relative_error, results
+from jax.tree_util import Partial
 
 from fwm.errors import UserError
 from fwm.ops import (
     FastWeightState,
     delta_rule,
+    dpfp,
     fast_weight_attention,
+    favor,
+    favor_projection,
     recurrent,
+    sum_normalize,
     sum_rule,
 )
 
@@ -245,6 +250,36 @@ def test_zero_features_stay_finite(update_rule, attn_normalization):
 
     value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
     assert all(np.isfinite(x).all() for x in (value, *gradients))
+
+
+@pytest.mark.parametrize(("update_rule", "attn_normalization"), COMPOSITIONS)
+@pytest.mark.parametrize("name", ["dpfp", "favor"])  # computed chunk by chunk, and all at once
+def test_features_inside_equal_features_outside(name, update_rule, attn_normalization):
+    *_, v, beta, _ = float32(make_inputs("simplex", length=37))
+    q, k = jax.random.normal(jax.random.key(0), (2, *v.shape[:3], 4))
+    projection = favor_projection(jax.random.key(1), 4, 4)
+    maps = {
+        "dpfp": Partial(partial(dpfp, n_roll=2)),
+        "favor": Partial(favor, projection=projection),
+    }
+    features = Partial(lambda f, x: sum_normalize(f(x)), maps[name])
+    beta = beta if update_rule == "delta" else None
+
+    @partial(jax.jit, static_argnums=0)
+    def run(inside, q, k, v, beta):
+        def rule(q, k, v, beta):
+            q, k = (q, k) if inside else (features(q), features(k))
+            names = {"update_rule": update_rule, "attn_normalization": attn_normalization}
+            return fast_weight_attention(
+                q, k, v, beta, None, features=features if inside else None, **names
+            )
+
+        values, pull = jax.vjp(rule, q, k, v, beta)
+        return values, pull(jax.tree.map(jnp.cos, values))
+
+    pairs = [jax.tree.leaves(run(inside, q, k, v, beta)) for inside in (True, False)]
+    for a, b in zip(*pairs, strict=True):
+        assert relative_error(a, np.float64(b)) < 2e-6
 
 
 @pytest.mark.parametrize(
