@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from fwm.errors import UserError
 from fwm.ops import recurrent
+from fwm.ops.softmax import rows_per_block
 
 
 class FastWeightState(NamedTuple):
@@ -50,7 +51,7 @@ def sum_rule(
         out in v's dtype, and the state after the last token, accumulated in float32.
 
     Raises:
-        UserError: a chunk_size below 1.
+        UserError: a chunk_size below 1, no token.
     """
     return _by_chunks(q, k, v, None, weights, chunk_size=chunk_size)
 
@@ -106,6 +107,8 @@ def _plan(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size={chunk_size} is not positive; give None or at least 1.")
     n_batch, length, n_head, n_key = shape
+    if length < 1:
+        raise UserError(f"there must be at least one token, got arrays of shape {shape}.")
     cpu = jax.default_backend() == "cpu"
     if chunk_size is None:
         on_cpu = 16 if delta and n_value < 64 else 32
@@ -119,9 +122,7 @@ def _plan(
     per_group = min(2 if delta else 1, n_chunk) if cpu else n_chunk
     n_row, memory = n_batch, 4 * n_head * n_key * n_value
     if cpu and n_batch * memory > 2**20:
-        fitting = max(1, 2**19 // memory)
-        divisor = max(n for n in range(1, fitting + 1) if n_batch % n == 0)
-        n_row = divisor if 4 * divisor >= fitting else n_batch  # not, say, 97 blocks of one row
+        n_row = rows_per_block(n_batch, max(1, 2**19 // memory))
     return _Plan(n_row, -(-n_chunk // per_group), per_group, size, token_by_token)
 
 

@@ -114,14 +114,19 @@ def relative_attention(
         return _read(scores, seen[None, None] & filled[:, None, None, :], v, dropout)
 
     n_batch, limit = q.shape[0], _CPU_SCORES if jax.default_backend() == "cpu" else _SCORES
-    fitting = max(1, limit // (q.shape[2] * n_query * n_slot))
-    n_row = max(n for n in range(1, min(fitting, n_batch) + 1) if n_batch % n == 0)
+    n_row = rows_per_block(n_batch, max(1, limit // (q.shape[2] * n_query * n_slot)))
     if dropout is not None or n_row == n_batch:
         return rows(q, k, v, length)
     # By blocks of rows, whose scores are computed again in the backward pass instead of kept.
     blocks = (x.reshape(-1, n_row, *x.shape[1:]) for x in (q, k, v, length))
     out = jax.lax.map(lambda block: jax.checkpoint(rows)(*block), tuple(blocks))
     return out.reshape(q.shape)
+
+
+def rows_per_block(n_batch: int, fitting: int) -> int:
+    """The largest divisor of the batch up to `fitting`; not, say, 97 blocks of one row."""
+    divisor = max((n for n in range(1, min(fitting, n_batch) + 1) if n_batch % n == 0), default=0)
+    return divisor if 4 * divisor >= min(fitting, n_batch) else n_batch
 
 
 def _accumulator(x):

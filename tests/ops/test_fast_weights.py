@@ -158,6 +158,19 @@ def test_causal(name):
         assert np.abs(gradient[:, :9]).max() > 0
 
 
+@pytest.mark.parametrize("name", FAST)
+def test_there_must_be_a_token(name):
+    *tokens, weights = float32(for_rule(name, make_inputs("simplex")))
+    with pytest.raises(UserError, match="at least one token"):
+        FAST[name](*(x[:, :0] for x in tokens), weights)
+
+
+def test_no_rows_is_no_crash():
+    tokens = float32(make_inputs("simplex"))[:4]
+    out, weights = delta_rule(*(x[:0] for x in tokens))
+    assert (out.shape, weights.shape) == ((0, 20, 2, 6), (0, 2, 8, 6))
+
+
 def test_chunk_size_must_be_positive():
     inputs = float32(make_inputs("simplex"))
     with pytest.raises(UserError, match="chunk_size=0"):
@@ -253,16 +266,16 @@ def test_zero_features_stay_finite(update_rule, attn_normalization):
 
 
 @pytest.mark.parametrize(("update_rule", "attn_normalization"), COMPOSITIONS)
-@pytest.mark.parametrize("name", ["dpfp", "favor"])  # computed chunk by chunk, and all at once
+@pytest.mark.parametrize("name", ["dpfp", "wide favor", "favor"])  # by chunks, by chunks, at once
 def test_features_inside_equal_features_outside(name, update_rule, attn_normalization):
     *_, v, beta, _ = float32(make_inputs("simplex", length=37))
     q, k = jax.random.normal(jax.random.key(0), (2, *v.shape[:3], 4))
-    projection = favor_projection(jax.random.key(1), 4, 4)
-    maps = {
-        "dpfp": Partial(partial(dpfp, n_roll=2)),
-        "favor": Partial(favor, projection=projection),
-    }
-    features = Partial(lambda f, x: sum_normalize(f(x)), maps[name])
+    if name == "dpfp":
+        features = Partial(partial(dpfp, n_roll=2))
+    else:
+        width = 8 if name == "wide favor" else 4
+        features = Partial(favor, projection=favor_projection(jax.random.key(1), 4, width))
+    features = Partial(lambda f, x: sum_normalize(f(x)), features)
     beta = beta if update_rule == "delta" else None
 
     @partial(jax.jit, static_argnums=0)

@@ -127,6 +127,14 @@ def test_relative_attention_in_blocks_equals_one_piece(rows, monkeypatch):
         assert relative_error(a, np.float64(b)) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("n_batch", "fitting", "expected"),
+    [(96, 16, 16), (96, 10, 8), (7, 100, 7), (97, 16, 97), (4, 1, 1), (0, 3, 0)],
+)
+def test_rows_per_block(n_batch, fitting, expected):
+    assert module.rows_per_block(n_batch, fitting) == expected
+
+
 def test_dropout_is_applied_to_the_probabilities():
     q, k, v = draw(*[(1, 6, 1, 4)] * 3)
     shapes = []
