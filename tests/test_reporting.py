@@ -349,6 +349,7 @@ def test_real_wandb_offline(train, tmp_path, monkeypatch):  # noqa: F811
         report = {"use_wandb": True} | given
         status, _, err = train(workdir, **{f"report__{k}": v for k, v in report.items()})
         assert (status, err) == (0, "")
+        sys.modules["wandb"].teardown()  # Its own process writes the file, and ends when all is.
         (path,) = (workdir / "wandb").glob("offline-run-*/run-*.wandb")
         found = list(records(path))
         (run,) = (record.run for record in found if record.HasField("run"))
@@ -376,7 +377,6 @@ def test_real_wandb_offline(train, tmp_path, monkeypatch):  # noqa: F811
         # The second run goes on from step 2; a folder's name has the second in it.
         shutil.rmtree(workdir / "checkpoints" / "4")
         path.parent.rename(tmp_path / f"from {first}")
-    sys.modules["wandb"].teardown()
 
 
 def test_compare(tmp_path):
@@ -400,6 +400,16 @@ def test_compare(tmp_path):
     (b / "test_results.json").write_text(json.dumps(results))
     row = compare([b], tmp_path / "c.png").splitlines()[2]
     assert re.split(r"  +", row)[3] == "34.500 (stride 8, rows)"
+    results = {"perplexity": 34.5, "window": 512, "mem_len": 4, "clamp_len": -1}
+    (b / "test_results.json").write_text(json.dumps(results))
+    for window, mem_len, clamp_len, notes in (
+        (512, 4, -1, ""),
+        (256, 4, -1, " (window 512)"),
+        (256, 8, 9, " (window 512, mem_len 4, clamp_len -1)"),
+    ):
+        trained = {"train.tgt_len": window, "model.mem_len": mem_len, "model.clamp_len": clamp_len}
+        row = compare([b], tmp_path / "c.png", trained={b: trained}).splitlines()[2]
+        assert re.split(r"  +", row)[3] == f"34.500{notes}"
     with pytest.raises(UserError, match=r"the figure .*train_log\.csv/c\.png cannot be written"):
         compare([a], a / "train_log.csv" / "c.png")
     with pytest.raises(UserError, match=r"nothing has no train_log\.csv"):

@@ -1,0 +1,84 @@
+"""The notebooks run from top to bottom, and what is committed of them is a whole, clean run."""
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# A path from the root of a file system, in text: of a machine, and none of the reader's concern.
+ABSOLUTE = re.compile(r"(?<![\w./:<])/\w[\w.-]*/\w")
+
+
+def execute(notebook, folder, **env):
+    """Run a copy in a kernel of its own, trainings shortened; a cell that fails raises."""
+    notebook = copy.deepcopy(notebook)
+    client = NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    # The tests' XLA flags compile fast and compute slowly, on two devices: not as users have it.
+    client.execute(env={**os.environ, "XLA_FLAGS": "", "FWM_NOTEBOOK_STEPS": "30", **env})
+    return notebook
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def problems(notebook):
+    """What a clean run has none of: cells out of order, errors, anything said on stderr, paths."""
+    found = []
+    for number, cell in enumerate(code(notebook), 1):
+        if cell.execution_count != number:
+            found.append(f"cell {number} was run as {cell.execution_count}")
+        for output in cell.outputs:
+            if output.output_type == "error" or output.get("name") == "stderr":
+                found.append(f"cell {number}: {output.get('text') or output.get('ename')}")
+            said = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            if ABSOLUTE.search(said):
+                found.append(f"cell {number} names a path: {said}")
+    return found
+
+
+def figures(notebook):
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_notebooks_are_found():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_committed_is_a_whole_clean_run(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert problems(notebook) == []
+    assert figures(notebook) >= 4
+    assert path.stat().st_size < 400_000
+    first, other = (code(nbformat.read(p, as_version=4))[0].source for p in (NOTEBOOKS[0], path))
+    assert first == other, "the cell that installs is the same everywhere"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    # What a notebook compiles more than once is compiled once.
+    executed = execute(notebook, path.parent, JAX_COMPILATION_CACHE_DIR=str(tmp_path))
+    assert problems(executed) == []
+    assert figures(executed) == figures(notebook)
+
+
+def test_a_warning_in_a_notebook_is_a_problem(tmp_path):
+    """It is raised in another process, where the filters of these tests do not reach."""
+    cell = nbformat.v4.new_code_cell("import warnings\nwarnings.warn('old')\nprint('/a/b')")
+    executed = execute(nbformat.v4.new_notebook(cells=[cell]), tmp_path)
+    found = problems(executed)
+    assert any(problem.startswith("cell 1 names a path: /a/b") for problem in found)
+    assert any(re.match(r"cell 1: .*UserWarning: old", problem) for problem in found)
