@@ -179,7 +179,8 @@ def compare(workdirs: list[Path]) -> int:
     """Print the exact results of several runs in a table; draw their curves into one figure."""
     figure = workdirs[0] / "compare.png"
     paper = {workdir: paper_result(workdir) for workdir in workdirs}
-    print(reporting.compare(workdirs, figure, paper))
+    trained = {workdir: train.saved_config(workdir) for workdir in workdirs}
+    print(reporting.compare(workdirs, figure, paper, trained))
     print(f"Learning curves: {figure}")
     return 0
 
@@ -202,7 +203,8 @@ def dispatch(argv: list[str]) -> int:
         if not WORKDIR.value:
             raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
         if any(arg.lstrip("-").startswith("config=") for arg in argv):
-            print(f"--config is not used: the settings are those of the run in {workdir}.")
+            note = f"--config is not used: the settings are those of the run in {workdir}."
+            print(note, file=sys.stderr)
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
         if MODE.value == "compare":
             if overrides:

@@ -335,6 +335,25 @@ def _load_partial(path: Path, key: dict, memory: Any) -> Partial | None:
     return Partial(score, expected, position, jax.tree.unflatten(structure, leaves))
 
 
+def reading(config: Any, n_token: int) -> tuple[ModelConfig, bool, int]:
+    """How a run's model reads after training.
+
+    Returns:
+        Its config, whether it carries a memory, and the tokens of a segment, or else of a window.
+
+    Raises:
+        UserError: a setting of `config.eval` out of range, or without meaning for the model.
+    """
+    c = config
+    for name in ("batch_size", "tgt_len", "mem_len", "clamp_len"):
+        if c.eval[name] < 0:
+            raise UserError(f"config.eval.{name} must be 0 or more, got {c.eval[name]}.")
+    overrides = {k: c.eval[k] for k in ("mem_len", "clamp_len") if c.eval[k] > 0}
+    carried = c.train.carry_over_fast_weight or c.model.mixer == "transformer_xl"
+    model_config = build_config(c.model.to_dict() | overrides, n_token)
+    return model_config, carried, c.eval.tgt_len or c.train.tgt_len
+
+
 def run(
     config: Any, workdir: Path, splits: Sequence[str], report: Callable[[str], None] = print
 ) -> list[dict] | None:
@@ -379,18 +398,12 @@ def _run_one(
     )
     for warning in corpus.warnings:
         report(f"warning: {warning}")
-    overrides = {k: c.eval[k] for k in ("mem_len", "clamp_len") if c.eval[k] > 0}
-    model_config = build_config(c.model.to_dict() | overrides, len(vocab))
-    for name in ("batch_size", "tgt_len", "mem_len", "clamp_len"):
-        if c.eval[name] < 0:
-            raise UserError(f"config.eval.{name} must be 0 or more, got {c.eval[name]}.")
+    model_config, carried, length = reading(c, len(vocab))
     wanted: Any = int(which) if which.isdecimal() else which
     with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
         step, variables = checkpoints.restore_subtree(("params", "favor"), wanted)
     variables = {"params": variables["params"], **(variables["favor"] or {})}
 
-    carried = c.train.carry_over_fast_weight or c.model.mixer == "transformer_xl"
-    length = c.eval.tgt_len or c.train.tgt_len
     model, stream = LanguageModel(model_config), corpus.streams[split]
     rows = max(c.eval.batch_size, 1) if c.eval.split_stream else 1
     score_by = functools.partial(
@@ -423,6 +436,8 @@ def _run_one(
         "protocol": "carry_over" if carried else "sliding_window",
         "window": length,
         "stride": None if carried else c.eval.stride,
+        "mem_len": model_config.mem_len,
+        "clamp_len": model_config.clamp_len,
         "batch_size": c.eval.batch_size,
         "split_stream": c.eval.split_stream,
         "tokens": score.count,

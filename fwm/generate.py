@@ -3,12 +3,12 @@
 What the next word depends on is a `Context` of constant size, so that a word takes the same time
 however long the text has become:
 
-- fast weights carried over, and Transformer-XL: the memory, fed with one token at a time;
+- fast weights carried over, and Transformer-XL: the memory of all whole segments, and the tokens
+  of the unfinished one; without positions a segment may be one token;
 - all others: a window of the training length that slides along, as in their evaluation.
 
 Every array has a static shape and each function is compiled once. The probabilities are those
-that `evaluate.carry_over` and `evaluate.sliding_window` score, except that Transformer-XL's
-evaluator, given segments, lets later positions of a segment see more than `mem_len` others.
+that `evaluate.carry_over` and `evaluate.sliding_window` score.
 """
 
 import codecs
@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from fwm import data
+from fwm import data, evaluate
 from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
-from fwm.model import LanguageModel, build_config, empty_memory
+from fwm.model import LanguageModel, empty_memory
 
 PACED = 1000  # A long text's note compares the pace of so many first and last tokens.
 
@@ -70,8 +70,9 @@ def empty_context(decoder: Decoder) -> Context:
     """The context before the first word."""
     config = decoder.model.config
     memory = empty_memory(config, 1) if decoder.carried else None
-    # Absolute positions start anew in every segment; only without them is one token a segment.
-    one = decoder.carried and (config.no_pos or config.mixer == "transformer_xl")
+    # Absolute positions start anew in every segment, and what Transformer-XL sees reaches back
+    # from the segment's beginning; only for fast weights without positions is one token a segment.
+    one = decoder.carried and config.no_pos
     tokens = jnp.zeros((1, 1 if one else decoder.window), jnp.int32)
     return Context(memory, tokens, jnp.zeros((), jnp.int32))
 
@@ -176,7 +177,10 @@ def sample(
     """
     if temperature == 0.0:
         return jnp.argmax(log_probs).astype(jnp.int32)
-    logits = log_probs / temperature
+    # The most probable word has 0, so that a temperature near 0 leaves it alone above -inf; below
+    # the smallest normal number 0 would be divided by 0.
+    smallest = float(jnp.finfo(log_probs.dtype).tiny)
+    logits = (log_probs - log_probs.max()) / max(temperature, smallest)
     if top_k == 0 and top_p == 1.0:
         return jax.random.categorical(key, logits).astype(jnp.int32)
     size = logits.shape[0]
@@ -209,6 +213,7 @@ def generate(
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (no chance) or more"),
         ("top_k", top_k, top_k >= 0, "0 (all words) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all words)"),
+        ("seed", seed, 0 <= seed < 2**32, "0 or more and below 2**32"),
     ):
         if not good:
             raise UserError(f"{name} must be {expected}, got {value}.")
@@ -262,22 +267,19 @@ def load(
         report: is told about damaged checkpoints.
 
     Raises:
-        UserError: no run in workdir, no such checkpoint.
+        UserError: no run in workdir, no such checkpoint, a setting of `config.eval` out of range.
     """
-    c, which = config, config.generate.checkpoint
+    which = config.generate.checkpoint
     if which not in ("best", "latest") and not which.isdecimal():
         raise UserError(
             f"config.generate.checkpoint={which!r}: expected best, latest or the number of a step."
         )
     vocab = data.Vocabulary.load(workdir / "vocab.txt")
-    overrides = {k: c.eval[k] for k in ("mem_len", "clamp_len") if c.eval[k] > 0}
-    model_config = build_config(c.model.to_dict() | overrides, len(vocab))
+    model_config, carried, window = evaluate.reading(config, len(vocab))
     with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
         wanted: Any = int(which) if which.isdecimal() else which
         step, saved = checkpoints.restore_subtree(("params", "favor"), wanted)
     variables = jax.device_put({"params": saved["params"], **(saved["favor"] or {})})
-    carried = c.train.carry_over_fast_weight or model_config.mem_len > 0
-    window = c.eval.tgt_len or c.train.tgt_len
     return Decoder(LanguageModel(model_config), variables, window, carried), vocab, step
 
 

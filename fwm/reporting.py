@@ -394,7 +394,10 @@ def draw_learning_curves(logs: Mapping[str, Path], out: Path) -> None:
 
 
 def compare(
-    workdirs: Sequence[Path], out: Path, paper: Mapping[Path, str] = MappingProxyType({})
+    workdirs: Sequence[Path],
+    out: Path,
+    paper: Mapping[Path, str] = MappingProxyType({}),
+    trained: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
 ) -> str:
     """Draw the learning curves of several runs into `out`; returns a table of exact results.
 
@@ -402,6 +405,8 @@ def compare(
       workdirs: the runs.
       out: the figure; its suffix gives the format.
       paper: what the paper reports for a run, as text.
+      trained: settings of a run, with dotted keys; a result that was found with another window,
+        `mem_len` or `clamp_len` than these says so.
 
     Raises:
       UserError: a workdir has no train_log.csv, a result file is malformed, or the figure cannot
@@ -412,8 +417,9 @@ def compare(
         if not (workdir / LOG).is_file():
             raise UserError(f"{workdir} has no {LOG}: --workdir must list runs that were trained.")
         steps = max((int(row["step"]) for row in _log_rows(workdir / LOG)), default=0)
-        valid = _exact_perplexity(workdir / "valid_results.json")
-        test = _exact_perplexity(workdir / "test_results.json")
+        settings = trained.get(workdir, {})
+        valid = _exact_perplexity(workdir / "valid_results.json", settings)
+        test = _exact_perplexity(workdir / "test_results.json", settings)
         table.append([str(workdir), str(steps), valid, test, paper.get(workdir, "-")])
     try:
         draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
@@ -427,7 +433,7 @@ def compare(
     )
 
 
-def _exact_perplexity(path: Path) -> str:
+def _exact_perplexity(path: Path, trained: Mapping[str, Any]) -> str:
     if not path.exists():
         return "-"
     result = read_json(path)
@@ -439,6 +445,13 @@ def _exact_perplexity(path: Path) -> str:
         notes.append(f"stride {result['stride']}")
     if result.get("split_stream"):
         notes.append("rows")
+    for name, setting in (
+        ("window", "train.tgt_len"),
+        ("mem_len", "model.mem_len"),
+        ("clamp_len", "model.clamp_len"),
+    ):
+        if name in result and result[name] != trained.get(setting, result[name]):
+            notes.append(f"{name} {result[name]}")
     return f"{result['perplexity']:.3f}" + (f" ({', '.join(notes)})" if notes else "")
 
 

@@ -317,6 +317,8 @@ def _prepare(config: Any) -> tuple[data.Corpus, LanguageModel, Any, Schedule]:
     for name in ("tgt_len", "max_step", "eval_interval", "log_interval"):
         if t[name] < 1:
             raise UserError(f"config.train.{name} must be at least 1, got {t[name]}.")
+    if not 0 <= c.seed < 2**32:
+        raise UserError(f"config.seed must be 0 or more and below 2**32, got {c.seed}.")
     if t.clip < 0:
         raise UserError(f"config.train.clip must be 0 (no clipping) or more, got {t.clip}.")
     if t.nan_policy not in NAN_POLICIES:
@@ -481,8 +483,13 @@ class _Profile:
             return
         if not self.began:
             jax.block_until_ready(state)  # What was queued before is not part of the trace.
-            jax.profiler.start_trace(self.folder)
-            self.began = number
+            try:
+                jax.profiler.start_trace(self.folder)
+                self.began = number
+            except (OSError, RuntimeError) as error:
+                # As where this process has a trace that could not be written: jax keeps it.
+                self.last = 0
+                self.report(f"Warning: no step can be traced ({error}); training goes on.")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
@@ -511,6 +518,8 @@ class _Log:
         self.losses: list[float] = []
         self.last = ""
         self.compiled = self.estimated = False
+        # The clock starts anew at every line of the log and at every validation.
+        self.estimated_from = min(ESTIMATED_FROM, t.log_interval, t.eval_interval)
         self.restart()
 
     def restart(self) -> None:
@@ -549,7 +558,7 @@ class _Log:
         if not self.compiled:
             self.compiled = True
             self.restart()  # the first step compiles
-        elif not self.estimated and self.timed == min(ESTIMATED_FROM, self.t.log_interval):
+        elif not self.estimated and self.timed == self.estimated_from:
             self.estimated = True
             left = (time.monotonic() - self.started) / self.timed * (self.t.max_step - self.step)
             duration = datetime.timedelta(seconds=round(left))

@@ -25,6 +25,8 @@ from configs import default
 from fwm import evaluate as evaluation
 from fwm import generate
 from fwm.checkpoint import Checkpoints
+from fwm.data import Vocabulary
+from fwm.model import LanguageModel
 
 # ml_collections loads a config file in this way.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
@@ -176,7 +178,7 @@ def test_exact_perplexity(trained, tmp_path, mode, split, tokens):
     assert contents(workdir).keys() - before.keys() == {path}
     expected = {
         "split": split, "protocol": "sliding_window", "window": 8, "stride": 1,
-        "tokens": tokens - 1, "unit": "word",
+        "tokens": tokens - 1, "unit": "word", "mem_len": 0, "clamp_len": -1,
     }  # fmt: skip
     assert {name: results[name] for name in expected} == expected
     fields = ("batch_size", "checkpoint_step", "seconds", "versions", "split_stream")
@@ -189,7 +191,7 @@ def test_exact_perplexity(trained, tmp_path, mode, split, tokens):
 
 def test_a_chosen_checkpoint_and_protocol(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
-    options = {"checkpoint": 2, "stride": 4, "tgt_len": 6, "batch_size": 4}
+    options = {"checkpoint": 2, "stride": 4, "tgt_len": 6, "batch_size": 4, "clamp_len": 3}
     status, _, err = evaluate(
         "valid", workdir, *(f"--config.eval.{k}={v}" for k, v in options.items())
     )
@@ -197,7 +199,7 @@ def test_a_chosen_checkpoint_and_protocol(trained, tmp_path):
     results = json.loads((workdir / "valid_results.json").read_text())
     assert results["checkpoint_step"] == 2
     assert (results["stride"], results["window"], results["batch_size"]) == (4, 6, 4)
-    assert results["tokens"] == 23
+    assert (results["tokens"], results["clamp_len"]) == (23, 3)
     config = json.loads((workdir / "config.json").read_text())
     assert config["eval"]["tgt_len"] == 0  # the run's own config stays as it was
 
@@ -222,8 +224,34 @@ def test_a_trained_model_writes(trained, prompt):
     words = out.removesuffix("\n").replace("\n", " <eos> ").split()
     assert len(words) == 12 + 3 * bool(prompt)
     assert set(words) <= {*["the", "cat", "sat", "on", "mat"], "<eos>"}
-    assert evaluate(*arguments)[1] == out
+    # Standard output is the text alone, whatever there is to be said.
+    status, again, err = evaluate(*arguments[:2], f"--config={DPFP}", *arguments[2:])
+    assert (status, again) == (0, out)
+    assert err.startswith(f"--config is not used: the settings are those of the run in {workdir}.")
     assert contents(workdir) == before
+
+
+def test_writing_goes_by_the_evaluators_probabilities(trained, place, tmp_path):
+    """Also those of a Transformer-XL without memory, and of other segments than in training."""
+    saved = json.loads((trained[0] / "config.json").read_text())
+    saved["model"]["mixer"] = "transformer_xl"
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    shutil.copy(trained[0] / "vocab.txt", tmp_path)
+    config = main.config_of_run(tmp_path, {"eval.tgt_len": 6})
+    vocab = Vocabulary.load(tmp_path / "vocab.txt")
+    model = LanguageModel(evaluation.reading(config, len(vocab))[0])
+    tokens = np.zeros((1, 1), np.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"]
+    params = jax.tree.map(lambda x: 10 * x, params)  # Else words hardly depend on each other.
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, {"params": params, "favor": None}, valid_loss=1.0)
+    assert evaluate("valid", tmp_path, "--config.eval.tgt_len=6")[0] == 0
+    results = json.loads((tmp_path / "valid_results.json").read_text())
+    decoder, _, _ = generate.load(config, tmp_path)
+    ids = vocab.encode((place / "text" / "valid.txt").read_text())
+    found = generate.log_probs(decoder, ids[:1], ids[1:])
+    assert len(found) == results["tokens"]
+    assert -found.mean(dtype=np.float64) == pytest.approx(results["mean_nll"], rel=1e-5)
 
 
 def test_the_pace_of_a_long_text(trained, monkeypatch):
@@ -268,7 +296,8 @@ def test_writing_that_nobody_reads(trained, capfd):
 
 def test_runs_are_compared(trained, tmp_path):
     runs = [shutil.copytree(trained[0], tmp_path / name) for name in ("a", "b")]
-    (runs[0] / "valid_results.json").write_text('{"perplexity": 34.1234}')
+    (runs[0] / "valid_results.json").write_text('{"perplexity": 34.1234, "window": 8}')
+    (runs[1] / "valid_results.json").write_text('{"perplexity": 34.1234, "window": 8}')
     # What the paper reports, beside the model that it reports it of.
     saved = default_of("linear_delta:small")
     saved["train"]["max_step"] = 1000
@@ -277,7 +306,8 @@ def test_runs_are_compared(trained, tmp_path):
     assert (status, err) == (0, "")
     _, _, first, second, last = out.splitlines()
     assert first.split() == [str(runs[0]), "4", "34.123", "-", "-"]
-    assert second.split() == [str(runs[1]), "4", "-", "-", "34.1", "/", "35.2"]
+    # Trained with another window.
+    assert " ".join(second.split()) == f"{runs[1]} 4 34.123 (window 8) - 34.1 / 35.2"
     assert last == f"Learning curves: {runs[0] / 'compare.png'}"
     assert (runs[0] / "compare.png").stat().st_size > 1000
     refused(call("--mode=compare"), "needs the --workdir")
@@ -461,6 +491,8 @@ COMMAND_LINES = {
     "--config.train.eval_batch_size=3": r"eval_batch_size=3 does not split evenly over 2 devices",
     "--config.train.batch_chunk=3": "batch_chunk=3 does not divide the 2 rows",
     "--config.train.batch_chunk=0": "batch_chunk=0 does not divide",
+    "--config.seed=10000000000000000000000": r"config.seed must be 0 or more and below",
+    "--config.seed=-1": r"config.seed must be 0 or more and below",
     "--config.train.tgt_len=0": r"tgt_len must be at least 1, got 0",
     "--config.train.max_step=0": r"max_step must be at least 1, got 0",
     "--config.train.tgt_len=1000": "has 140 tokens, but batch_size 4 rows of tgt_len 1000",
@@ -633,13 +665,16 @@ def test_evaluation_with_wrong_settings(trained, override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("top_p=0", r"top_p must be above 0 and at most 1 \(all words\), got 0"),
-        ("temperature=-1", "temperature must be 0 .* or more, got -1"),
-        ("checkpoint=3", r"has no checkpoint 3: choose latest, best or one of \[2, 4\]"),
-        ("checkpoint=best,latest", "expected best, latest or the number of a step"),
+        ("generate.top_p=0", r"top_p must be above 0 and at most 1 \(all words\), got 0"),
+        ("generate.temperature=-1", "temperature must be 0 .* or more, got -1"),
+        ("generate.checkpoint=3", r"has no checkpoint 3: choose latest, best or one of \[2, 4\]"),
+        ("generate.checkpoint=best,latest", "expected best, latest or the number of a step"),
+        (f"generate.seed={10**21}", r"seed must be 0 or more and below 2\*\*32, got 10+\."),
+        ("eval.tgt_len=-1", r"config\.eval\.tgt_len must be 0 or more, got -1"),
+        ("eval.mem_len=-1", r"config\.eval\.mem_len must be 0 or more, got -1"),
     ],
 )
 def test_generation_with_wrong_settings(trained, override, message):
     before = contents(trained[0])
-    refused(evaluate("generate", trained[0], f"--config.generate.{override}"), message)
+    refused(evaluate("generate", trained[0], f"--config.{override}"), message)
     assert contents(trained[0]) == before

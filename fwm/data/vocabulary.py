@@ -112,7 +112,8 @@ class Vocabulary:
             ends_open = add_eos and not text.endswith("\n")
             symbols: Sequence[str] = (text + "\n" * ends_open).replace("\n", f" {EOS} ").split()
         elif self._bytes:
-            symbols = [str(code) for code in text.encode("utf-8")]
+            # A command line's bytes that are no UTF-8 come as surrogates.
+            symbols = [str(code) for code in text.encode("utf-8", errors="surrogateescape")]
         else:
             symbols = list(text.lower().replace(" ", "_"))
         ids = [self.index.get(symbol, self.unk_id) for symbol in symbols]

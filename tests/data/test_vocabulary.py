@@ -37,6 +37,11 @@ def test_characters_round_trip():
     assert letters.decode([2, 1, 0]) == "b a"
 
 
+def test_a_text_that_is_not_utf_8_keeps_its_bytes():
+    text = b"\xe9t\xff".decode(errors="surrogateescape")  # as a command line gives it
+    assert Vocabulary(tuple(map(str, range(256)))).encode(text).tolist() == [0xE9, ord("t"), 0xFF]
+
+
 def test_unknown_symbol_without_unk_is_named():
     with pytest.raises(UserError, match="'zzz' is not in the vocabulary"):
         Vocabulary(("<eos>", "a")).encode("a zzz")
