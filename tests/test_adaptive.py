@@ -20,6 +20,10 @@ def small_blocks(monkeypatch):
     """Many blocks, a rest of tokens in each cluster and a word block that overlaps the last."""
     monkeypatch.setattr(adaptive, "_TOKENS", {"head": (16, 3), "tail": (8, 2)})
     monkeypatch.setattr(adaptive, "_WORDS", {"head": 21, "tail": 33})
+    # What other tests have compiled for the same shapes has the usual blocks, in one direction or
+    # in both.
+    for compiled in (adaptive._forward, adaptive._nll_bwd):
+        compiled.clear_cache()
 
 
 def dense(params, hidden, tables, projs, *, cutoffs, div_val, tie_weight, tie_projs):
