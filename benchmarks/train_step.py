@@ -7,8 +7,8 @@
 
 One step is everything: dropout, forward, backward, clipping, Adam, on tokens with WikiText-103's
 shares of the adaptive softmax's clusters. Steps and the matmul alternate; figures are medians.
-Prints a table and writes benchmarks/results/train_step_<device>.json; with --memory only what the
-compiler says of the memory of a step at the paper's batch, in train_memory_<device>.json.
+Prints a table and writes benchmarks/results/train_step_<preset>_<device>.json; with --memory only
+what the compiler says of the memory of a step at the paper's batch, train_memory_<preset>_....
 """
 
 import argparse
@@ -207,14 +207,16 @@ def main() -> None:
                 continue
             for batch in arguments.batches or [paper.batch_size]:
                 add(measure(variant, preset, batch, dtype, arguments.rounds))
-    result = {
-        "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
-        **common.environment(),
-        "rows": table,
-    }
-    name = f"train_{'memory' if arguments.memory else 'step'}_{common.device_name()}.json"
-    path = Path(__file__).parent / "results" / name
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    kind = "memory" if arguments.memory else "step"
+    for preset in arguments.preset:
+        result = {
+            "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
+            **common.environment(),
+            "rows": [row for row in table if row["preset"] == preset],
+        }
+        name = f"train_{kind}_{preset}_{common.device_name()}.json"
+        path = Path(__file__).parent / "results" / name
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
