@@ -265,8 +265,12 @@ def test_zero_features_stay_finite(update_rule, attn_normalization):
     assert all(np.isfinite(x).all() for x in (value, *gradients))
 
 
-@pytest.mark.parametrize(("update_rule", "attn_normalization"), COMPOSITIONS)
-@pytest.mark.parametrize("name", ["dpfp", "wide favor", "favor"])  # by chunks, by chunks, at once
+@pytest.mark.parametrize(
+    ("name", "update_rule", "attn_normalization"),
+    # By chunks, by chunks, at once; normalisations take all features at once.
+    [(name, rule, "none") for name in ("dpfp", "wide favor", "favor") for rule in FAST]
+    + [("dpfp", "sum", "output"), ("dpfp", "delta", "output_and_key")],
+)
 def test_features_inside_equal_features_outside(name, update_rule, attn_normalization):
     *_, v, beta, _ = float32(make_inputs("simplex", length=37))
     q, k = jax.random.normal(jax.random.key(0), (2, *v.shape[:3], 4))
