@@ -138,7 +138,8 @@ class Vote:
         self._highest = pmap(lambda number: jax.lax.pmax(number, AXIS))
         self._result: Any = None
 
-    def __call__(self, number: int) -> int:  # noqa: D102
+    def __call__(self, number: int) -> int:
+        """Vote with `number`; every process must call, at every step. 0 before the first count."""
         if jax.process_count() == 1:
             return number
         before, self._result = self._result, self._highest(replicate(np.int32(number)))
