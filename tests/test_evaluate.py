@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from fwm import evaluate
 from fwm.errors import UserError
 from fwm.evaluate import Score, automatic_batch_size, carry_over, sliding_window
 from fwm.model import LanguageModel, ModelConfig
+
+# Every call compiles its step anew; most of them are the same program.
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 WINDOW, LENGTH = 6, 24
 SIZES = dict(n_token=30, d_model=16, n_head=2, d_head=4, d_inner=32, n_layer=2)
@@ -22,18 +24,6 @@ def make(**fields):
     rng = np.random.default_rng(0)
     draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, jnp.float32)
     return model, jax.tree.map(draw, shapes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Every call compiles its step anew; most of them are the same program."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_main import call
+from program import call
 
 from configs import default
 from fwm import data, ops, train
 from fwm.errors import UserError
 from fwm.model import LanguageModel, build_config
 
-# ml_collections loads a config file in this way.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
 FUZZ = settings(derandomize=True, deadline=None)
 VOCABULARY = 30
 

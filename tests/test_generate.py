@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_evaluate import STREAM, WINDOW, compiled, make  # noqa: F401
+from test_evaluate import STREAM, WINDOW, make
 
 from fwm import evaluate, generate
 from fwm.data import Vocabulary
 from fwm.errors import UserError
 from fwm.generate import Decoder
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 # Whole segments: positions count down to the end of one, and the last would be a shorter one.
 TEXT = STREAM[: 3 * WINDOW + 1]

@@ -4,21 +4,18 @@ import contextlib
 import gzip
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import os
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
+from program import DPFP, SIZES, call, write_text
 
 import main
 from configs import default
@@ -27,70 +24,6 @@ from fwm import generate
 from fwm.checkpoint import Checkpoints
 from fwm.data import Vocabulary
 from fwm.model import LanguageModel
-
-# ml_collections loads a config file in this way.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
-
-SIZES = {
-    "model.d_model": 16, "model.n_head": 2, "model.d_head": 4, "model.d_inner": 32,
-    "model.n_layer": 1, "train.batch_size": 4, "train.tgt_len": 8, "train.max_step": 4,
-    "train.eval_interval": 2, "train.eval_batch_size": 2, "train.log_interval": 1,
-    "train.warmup_step": 1, "data.name": "text",
-}  # fmt: skip
-DPFP = "configs/dpfp_delta.py"
-
-
-def call(*arguments):
-    """main.py with these arguments: (status, standard output, standard error)."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    # A process parses its flags once; here the overrides that an earlier call has defined go.
-    flags.FLAGS.unparse_flags()
-    for name in list(flags.FLAGS):
-        if name.startswith("config."):
-            delattr(flags.FLAGS, name)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main.main(["main.py", *map(str, arguments)])
-        finally:
-            sys.argv = argv
-    return status, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """The repository's root, a text, and what programs were compiled."""
-    folder = tmp_path_factory.mktemp("main")
-    write_text(folder / "text")
-    # main sets the folder of compiled programs; it must not stay for other tests.
-    compilation_cache.reset_cache()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
-
-
-def write_text(folder, **splits):
-    texts = {"train": "the cat sat on the mat\n" * 20, "valid": "the mat sat\n" * 6}
-    folder.mkdir()
-    for split, text in ({**texts, "test": "on the cat\n" * 5} | splits).items():
-        if text is not None:
-            data = text if isinstance(text, bytes) else text.encode()
-            (folder / f"{split}.txt").write_bytes(data)
-    return folder
-
-
-@pytest.fixture
-def train(place):
-    """A function that trains into a workdir, with changed settings."""
-
-    def run(workdir, *arguments, config=DPFP, **changes):
-        fields = SIZES | {"data.dir": place / "text", "data.cache_dir": place / "cache"}
-        fields |= {name.replace("__", "."): value for name, value in changes.items()}
-        overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-        return call(f"--config={config}", f"--workdir={workdir}", *overrides, *arguments)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
-from test_main import place, pytestmark, train  # noqa: F401
 
 import main
 from fwm import reporting
@@ -341,7 +340,7 @@ def records(path):
             record = b""
 
 
-def test_real_wandb_offline(train, tmp_path, monkeypatch):  # noqa: F811
+def test_real_wandb_offline(train, tmp_path, monkeypatch):
     for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     workdir = tmp_path / "run"
