@@ -4,6 +4,8 @@ Where only the last state W_T counts, one query reads it in O(T (K + V)) instead
 W_T^T q is a sum of the values, and their weights need the keys only.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,27 +81,48 @@ def bounded_delta_rule(
 
     From W = 0, at every token W <- W + beta_t k_t (v_t - W^T k_t)^T, then W <- W / max(|W|_F, 1),
     each head by itself. Reads nothing on the way; accumulates in float32 at least.
+
+    By chunks, in which W_t = c W + sum_(s <= t) c_s k_s e_s^T with W the state before the chunk: a
+    token needs W^T k_t, from one matmul for the whole chunk, the overlaps k_s . k_t, and the norm,
+    from |W + k e^T|^2 = |W|^2 + 2 (W^T k) . e + |k|^2 |e|^2. Each division shrinks c and all c_s.
     """
     dtype = np.promote_types(np.float32, v.dtype)
     n_batch, length, n_head, n_key = k.shape
     size = min(length, 16)
 
-    def chunks(x):
-        # Rows and heads as one axis; zeros in front write nothing into the empty memory.
-        x = jnp.moveaxis(x, 1, 0).astype(dtype).reshape(length, n_batch * n_head, *x.shape[3:])
-        x = jnp.pad(x, [(-length % size, 0)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, size, *x.shape[1:])
+    def chunks(x):  # [chunk, B N, C, ...]
+        # Zeros in front write nothing into the empty memory.
+        x = jnp.moveaxis(x, 2, 1).astype(dtype).reshape(n_batch * n_head, length, *x.shape[3:])
+        x = jnp.pad(x, [(0, 0), (-length % size, 0)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
 
-    def step(w, token):
-        k, v, beta = token
-        change = beta[:, None] * (v - jnp.sum(k[:, :, None] * w, axis=1))
-        w = w + k[:, :, None] * change[:, None]
+    def step(carry, token):
+        scale, scales, changes, square = carry
+        i, read, overlap, v, beta = token
+        read = scale * read + _product("rc,rcv->rv", overlap * scales, changes)
+        change = beta[:, None] * (v - read)
+        square += jnp.sum(
+            change * (2 * read + overlap[:, i, None] * change), axis=-1, keepdims=True
+        )
         # The maximum inside the root: at W = 0 the gradient of the root is infinite.
-        square = jnp.sum(w * w, axis=(1, 2), keepdims=True)
-        return w / jnp.sqrt(jnp.maximum(square, 1.0)), None
+        norm = jnp.sqrt(jnp.maximum(square, 1.0))
+        scales, changes = scales.at[:, i].set(1.0) / norm, changes.at[:, i].set(change)
+        return (scale / norm, scales, changes, jnp.minimum(square, 1.0)), None
 
-    # The backward pass keeps the states between chunks and computes the others again.
-    chunk = jax.checkpoint(lambda w, tokens: (jax.lax.scan(step, w, tokens)[0], None))
+    @jax.checkpoint  # the backward pass keeps the states between chunks only
+    def chunk(w, tokens):
+        k, v, beta = tokens
+        reads, overlaps = _product("rck,rkv->crv", k, w), _product("rck,rdk->crd", k, k)
+        square = jnp.sum(w * w, axis=(1, 2))[:, None]
+        start = jnp.ones_like(square), jnp.zeros_like(beta), jnp.zeros_like(v), square
+        each = jnp.arange(size), reads, overlaps, v.swapaxes(0, 1), beta.T
+        (scale, scales, changes, _), _ = jax.lax.scan(step, start, each)
+        written = _product("rck,rcv->rkv", k, scales[..., None] * changes)
+        return scale[..., None] * w + written, None
+
     start = jnp.zeros((n_batch * n_head, n_key, v.shape[-1]), dtype)
     weights, _ = jax.lax.scan(chunk, start, (chunks(k), chunks(v), chunks(beta)))
     return weights.reshape(n_batch, n_head, n_key, -1)
+
+
+_product = functools.partial(jnp.einsum, precision="highest")
