@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from absl import flags
 
 import main
 from configs import retrieval as config
+from fwm.checkpoint import lock_workdir
 from fwm.errors import UserError
 from fwm.retrieval import experiment, report
 from fwm.retrieval import model as retrieval
@@ -154,6 +156,24 @@ def test_workers_give_the_same(trained, tmp_path):
     )
     with pytest.raises(UserError, match=r"holds runs with .*give another --workdir"):
         experiment.run(options(lr=0.1), tmp_path)
+    experiment.run(options(setting="capacity", max_step=100), tmp_path)  # beside the other one
+    rows = experiment.read_log(tmp_path / "evaluations.csv")
+    assert [row.setting for row in rows] == ["update_rule", "update_rule", "capacity"]
+
+
+def test_one_call_at_a_time(tmp_path):
+    with lock_workdir(tmp_path), pytest.raises(UserError, match="in use by another run"):
+        experiment.run(options(), tmp_path)
+
+
+def test_a_worker_whose_caller_is_gone_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        experiment.multiprocessing,
+        "parent_process",
+        lambda: types.SimpleNamespace(is_alive=lambda: False),
+    )
+    experiment.run(options(), tmp_path)
+    assert experiment.read_log(tmp_path / "evaluations.csv") == []
 
 
 @pytest.mark.parametrize(
@@ -187,6 +207,20 @@ def test_table_and_agreement():
     assert not report.agrees(0.0999, 0.15)
     assert report.agrees(0.02, 0.0)
     assert not report.agrees(0.5, math.nan)
+
+
+def test_where_a_curve_leaves_the_floor():
+    losses = {"dpfp1_sum": (0.0, 0.02, 0.03), "favor64_sum": (0.5, 0.5, 0.5), "softmax": (0, 0, 0)}
+    results = [
+        report.Result("capacity", model, size, 0, loss, 900, 1.0)
+        for model, by_size in losses.items()
+        for size, loss in zip((20, 120, 140), by_size, strict=True)
+    ]
+    assert report.capacities(results).splitlines()[2:] == [
+        "| capacity | softmax | 140 |  | 500- |",
+        "| capacity | dpfp1_sum | 120 | 140 | 100-160 |",
+        "| capacity | favor64_sum |  | 20 | -40 |",
+    ]
 
 
 @pytest.mark.parametrize(

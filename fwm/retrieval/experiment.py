@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fwm.checkpoint import lock_workdir
 from fwm.errors import UserError
 from fwm.retrieval import report
 from fwm.retrieval.model import EVAL_INTERVAL, SETTINGS, Model, adam, init, train_and_evaluate
@@ -41,10 +42,15 @@ def run(config: Mapping[str, Any], workdir: Path) -> int:
     """All runs of `config` that `workdir` does not have yet, then table and figure.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an option that has no meaning, a workdir in use.
     """
     _check(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    with lock_workdir(workdir):
+        _run(config, workdir)
+    return 0
+
+
+def _run(config, workdir):
     _same_training(config, workdir / "config.json")
     rows = read_log(workdir / LOG)
     done = {run: rows for run, rows in _by_run(rows).items() if _stopped(rows, config["max_step"])}
@@ -56,7 +62,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> int:
         for size in config["sizes"]
         if (seeds := [s for s in config["seeds"] if (config["setting"], name, size, s) not in done])
     ]
-    # The longest first, so that no worker is left with it at the end; rule fwm takes hours.
+    # The longest first, so that no worker is left with it at the end; rule fwm takes longest.
     jobs.sort(key=lambda job: (job[0].endswith("_fwm"), -job[1]))
     train = functools.partial(_train, dict(config), workdir / LOG)
     if config["workers"] == 1:
@@ -72,7 +78,6 @@ def run(config: Mapping[str, Any], workdir: Path) -> int:
         ) as pool:
             list(pool.map(train, jobs))
     print(report.write(summary(read_log(workdir / LOG)), workdir), flush=True)
-    return 0
 
 
 def _check(config):
@@ -99,8 +104,8 @@ def _check(config):
 
 
 def _same_training(config, path):
-    """Runs of one workdir are trained alike; more models, sizes and seeds may be added."""
-    fields = {name: config[name] for name in ("setting", "batch_size", "lr")}
+    """Runs of one workdir are trained alike; the other setting, models and so on may be added."""
+    fields = {name: config[name] for name in ("batch_size", "lr")}
     if not path.exists():
         path.write_text(json.dumps(fields), encoding="utf-8")
     elif (saved := path.read_text(encoding="utf-8")) != json.dumps(fields):
@@ -121,6 +126,7 @@ def _train(config, log, job):
     model = Model.of(name)
     # The published rate of the combination that does not train at 0.001.
     lr = config["lr"] / 10 if name == "tanh_fwm" else config["lr"]
+    parent = multiprocessing.parent_process()
     for seed in seeds:
         started = time.perf_counter()
         init_key, key = jax.random.split(jax.random.key(seed))
@@ -128,6 +134,8 @@ def _train(config, log, job):
         state = (jnp.int32(0), params, adam(lr).init(params))
         rows: list[Row] = []
         while not _stopped(rows, config["max_step"]):
+            if parent and not parent.is_alive():  # killed: nobody would read on, for hours
+                return
             state, *losses = train_and_evaluate(
                 model, config["setting"], size, config["batch_size"], lr, state, key
             )

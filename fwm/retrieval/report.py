@@ -56,7 +56,7 @@ def write(results: Sequence[Result], workdir: Path) -> str:
     """Write results.csv, results.md and results.png; returns the table, in markdown."""
     with (workdir / "results.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Result._fields, *sorted(results)])
-    text = table(results)
+    text = table(results) + "\n\n" + capacities(results)
     (workdir / "results.md").write_text(text + "\n", encoding="utf-8")
     draw(results).savefig(workdir / "results.png", format="png", dpi=100)
     return text
@@ -104,6 +104,27 @@ def table(results: Sequence[Result]) -> str:
                 cells += [f"{paper:.4f}", verdict]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def capacities(results: Sequence[Result]) -> str:
+    """Where each curve leaves the floor: the largest S with a mean loss of at most 0.02.
+
+    Beside it the last published S of at most 0.02 and the next one: the knee lies between them.
+    """
+    lines = ["| setting | model | holds S | not S | published |", "|---|---|---|---|---|"]
+    for setting, by_model in _losses(results).items():
+        for model, by_size in by_model.items():
+            means = {size: sum(x) / len(x) for size, x in by_size.items()}
+            cells = [" | ".join(_knee(means)), "-".join(_knee(_published(setting, model)))]
+            lines.append(f"| {setting} | {model} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def _knee(losses):
+    """The largest S with a loss of at most 0.02 and the next S, a blank for what there is not."""
+    holds = [size for size in losses if losses[size] <= 0.02]
+    rest = [size for size in losses if not holds or size > max(holds)]
+    return [str(max(holds)) if holds else "", str(min(rest)) if rest else ""]
 
 
 def draw(results: Sequence[Result]) -> Any:
