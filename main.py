@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # Before training began, or the second one.
-        print("Interrupted: nothing was saved after the last checkpoint.", file=sys.stderr)
+        print("Interrupted: what was saved before is kept.", file=sys.stderr)
         return 130
 
 

@@ -182,12 +182,12 @@ class FastWeightAttention(nn.Module):
     ) -> tuple[Float[Array, "B _ D"], ops.FastWeightState]:
         """See the class."""
         d = self.d_head
-        delta = self.update_rule == "delta"
+        strengths = self.update_rule != "sum"
         # One channel more per head for the write strength beta of the delta rule.
-        qkv = _project((self.n_head, 3 * d + delta), -1, self.dtype, "qkv")(x)
+        qkv = _project((self.n_head, 3 * d + strengths), -1, self.dtype, "qkv")(x)
         q, k, v = qkv[..., :d], qkv[..., d : 2 * d], qkv[..., 2 * d : 3 * d]
-        beta = jax.nn.sigmoid(qkv[..., 3 * d].astype(jnp.float32)) if delta else None
-        address = _address_to_one if delta else _address
+        beta = jax.nn.sigmoid(qkv[..., 3 * d].astype(jnp.float32)) if strengths else None
+        address = _address_to_one if strengths else _address
         features = Partial(address, FEATURE_MAPS[self.feature_map](self))
         if self.is_mutable_collection("intermediates"):  # for those who look inside: notebooks/03
             self.sow("intermediates", "memory_inputs", (features(q), features(k), v, beta))

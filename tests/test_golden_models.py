@@ -8,7 +8,7 @@ from golden_files import GOLDEN, MANIFEST, batch_first, files, load, part
 
 from fwm.interop import to_lmtool
 
-ATOL = 5e-6  # hidden and nll, as the manifest suggests
+ATOL = 5e-6  # hidden and nll, as the manifest says
 
 
 def close(ours, golden, atol):

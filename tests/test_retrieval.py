@@ -2,7 +2,11 @@
 
 import json
 import math
-import types
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,7 @@ from absl import flags
 
 import main
 from configs import retrieval as config
+from fwm import ops
 from fwm.checkpoint import lock_workdir
 from fwm.errors import UserError
 from fwm.retrieval import experiment, report
@@ -62,6 +67,7 @@ def test_at_most_200_queries():
     batch = evaluation_batch(KEY, "capacity", 210)
     assert batch.counts.shape == (20, 200)
     assert bool(batch.counts.all())
+    assert int(batch.queries.max()) < 200  # the lowest, not the first
 
 
 @pytest.mark.parametrize(
@@ -76,28 +82,61 @@ def test_one_query_and_many_read_the_same(name):
     np.testing.assert_allclose(answers(model, params, one, 10, KEY), out[:, 3:4], atol=2e-6)
 
 
-def test_delta_model_by_the_equations():
-    model, size = retrieval.Model.of("dpfp1_delta"), 8
+def by_the_equations(name, p, keys, values, query, directions):
+    """The answer [S] to one query after the pairs of one sequence, pair by pair in numpy."""
+    size = len(p["embedding"])
+    feature_map, _, rule = name.partition("_")
+    layer = lambda name, x: x @ p[name]["kernel"] + p[name]["bias"]
+
+    def features(x):
+        if feature_map == "dpfp1":
+            z = np.maximum(np.concatenate([x, -x]), 0)
+            return z * np.roll(z, 1)
+        if feature_map == "favor128":
+            u = np.concatenate([x @ directions, -x @ directions])
+            return (2 * 128) ** -0.5 * np.exp(u - x @ x / 2)
+        return np.tanh(x) if feature_map == "tanh" else np.where(x > 0, x + 1, np.exp(x))
+
+    q = layer("q", p["embedding"][query])
+    inputs = [
+        np.concatenate([np.eye(size)[v], p["embedding"][k]])
+        for k, v in zip(keys, values, strict=True)
+    ]
+    if name == "softmax":
+        scores = np.exp([layer("k", x) @ q / 8 for x in inputs])
+        return scores @ np.eye(size)[values] / scores.sum()
+    q = features(q)
+    w, z = np.zeros((size, len(q))), np.zeros(len(q))
+    for x, v in zip(inputs, np.eye(size)[values], strict=True):
+        k = features(layer("k", x))
+        if rule == "sum":
+            w, z = w + np.outer(v, k), z + k
+            continue
+        beta = 1 / (1 + np.exp(-layer("beta", x)))
+        k = k / k.sum() if rule == "delta" else k
+        w = w + beta * np.outer(v - w @ k, k)
+        w = w / max(np.linalg.norm(w), 1) if rule == "fwm" else w
+    y = w @ q
+    if rule == "fwm":
+        return (y - y.mean()) / np.sqrt(y.var() + 1e-5)
+    return y / ((z @ q if rule == "sum" else q.sum()) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "linear_sum", "favor128_sum", "dpfp1_delta", "dpfp1_fwm", "tanh_fwm"]
+)
+def test_a_model_by_the_equations(name):
+    model, size = retrieval.Model.of(name), 24  # in setting 2, two blocks of 24 pairs
     params = retrieval.init(KEY, model, size)
-    batch = retrieval.training_batch(KEY, "update_rule", size, 3)
+    batch = jax.device_get(retrieval.training_batch(KEY, "update_rule", size, 3))
     actual = answers(model, params, batch, size, KEY)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    assert p["embedding"].shape == (8, 17)
-
-    def dpfp(x):
-        z = np.maximum(np.concatenate([x, -x]), 0)
-        return z * np.roll(z, 1)
-
+    assert p["embedding"].shape == (24, 52)
+    directions = np.asarray(ops.favor_projection(KEY, 128, 64).T, np.float64)
     for b in range(3):
-        w = np.zeros((size, 128))
-        for key, value in zip(batch.keys[b], batch.values[b], strict=True):
-            x = np.concatenate([np.eye(size)[value], p["embedding"][key]])
-            k = dpfp(x @ p["k"]["kernel"] + p["k"]["bias"])
-            k /= k.sum()
-            beta = 1 / (1 + np.exp(-(x @ p["beta"]["kernel"] + p["beta"]["bias"])))
-            w += beta * np.outer(np.eye(size)[value] - w @ k, k)
-        q = dpfp(p["embedding"][batch.queries[b, 0]] @ p["q"]["kernel"] + p["q"]["bias"])
-        np.testing.assert_allclose(actual[b, 0], w @ q / (q.sum() + 1e-6), atol=2e-6)
+        sequence = batch.keys[b], batch.values[b], batch.queries[b, 0]
+        expected = by_the_equations(name, p, *sequence, directions)
+        np.testing.assert_allclose(actual[b, 0], expected, atol=1e-5)
 
 
 def test_initial_parameters():
@@ -166,14 +205,62 @@ def test_one_call_at_a_time(tmp_path):
         experiment.run(options(), tmp_path)
 
 
-def test_a_worker_whose_caller_is_gone_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        experiment.multiprocessing,
-        "parent_process",
-        lambda: types.SimpleNamespace(is_alive=lambda: False),
+def start(*command):
+    """A process whose standard output ends when its workers have ended, too."""
+    root = Path(main.__file__).parent
+    return subprocess.Popen([sys.executable, *command], cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_worker_ends_with_a_killed_caller():
+    caller = start(
+        "-c",
+        "import concurrent.futures, multiprocessing, os, time\n"
+        "from fwm.retrieval.experiment import begin_worker\n"
+        "spawn = multiprocessing.get_context('spawn')\n"
+        "pool = concurrent.futures.ProcessPoolExecutor(1, spawn, begin_worker, (1,))\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "pool.submit(time.sleep, 600).result()\n",
     )
-    experiment.run(options(), tmp_path)
-    assert experiment.read_log(tmp_path / "evaluations.csv") == []
+    assert int(caller.stdout.readline())
+    caller.kill()
+    caller.communicate(timeout=30)
+
+
+def test_an_interrupt_does_not_wait_for_what_has_begun(tmp_path):
+    options = [
+        "--config.workers=2",
+        "--config.sizes=(160,180,200)",
+        "--config.models=('dpfp2_sum',)",
+    ]
+    config = "--config=configs/retrieval.py:capacity"
+    caller = start("main.py", "--mode=retrieval", config, f"--workdir={tmp_path}", *options)
+    log = tmp_path / "evaluations.csv"
+    while not log.exists() or len(experiment.read_log(log)) < 1:
+        assert caller.poll() is None
+        time.sleep(0.1)
+    caller.send_signal(signal.SIGINT)
+    out, _ = caller.communicate(timeout=30)
+    assert caller.returncode == 130
+    assert "stopped at" not in out
+
+
+def test_what_a_call_does_not_ask_for_is_kept(trained, tmp_path):
+    log = tmp_path / "evaluations.csv"
+    log.write_text((trained / "evaluations.csv").read_text())  # cut off at 300 steps
+    experiment.run(options(seeds=(1,), max_step=400), tmp_path)
+    assert [row.step for row in experiment.read_log(log) if row.seed == 0] == [100, 200, 300]
+
+
+def test_the_one_model_that_is_trained_otherwise(tmp_path, monkeypatch):
+    used = []
+
+    def train(model, setting, size, n_batch, lr, state, key):
+        used.append((n_batch, lr))
+        return state, 0.0, 0.0
+
+    monkeypatch.setattr(experiment, "train_and_evaluate", train)
+    experiment.run(options(models=("tanh_fwm", "dpfp1_fwm")), tmp_path)
+    assert used == [(128, 1e-4), (32, 1e-3)]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +321,8 @@ def test_where_a_curve_leaves_the_floor():
         ({"seeds": (0, 0)}, "seeds.* expected a tuple of different whole numbers from 0 on"),
         ({"workers": 0}, "workers=0 has no meaning: expected 1 or more"),
         ({"lr": 0.0}, "lr=0.0 has no meaning: expected a number above 0"),
-        ({"max_step": 0}, "max_step=0 has no meaning: expected 1 or more"),
+        ({"max_step": 0}, "max_step=0 has no meaning: expected a multiple of 100"),
+        ({"max_step": 250}, "max_step=250 has no meaning: expected a multiple of 100"),
     ],
 )
 def test_what_is_refused(fields, message, tmp_path):

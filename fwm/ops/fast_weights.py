@@ -479,7 +479,7 @@ def fast_weight_attention(
     rule = _lookup(UPDATE_RULES, "update_rule", update_rule)
     normalization = _lookup(ATTN_NORMALIZATIONS, "attn_normalization", attn_normalization)
     if (beta is None) != (update_rule == "sum"):
-        raise UserError("beta belongs to the delta rule: give it there, and None to the sum rule.")
+        raise UserError("the sum rule has no beta, and every other rule needs one.")
     if state is None:
         dtype = np.promote_types(np.float32, v.dtype)
         n_batch, _, n_head, n_key = jax.eval_shape(partial(_mapped, features), k).shape

@@ -80,7 +80,8 @@ def bounded_delta_rule(
     """The final state of the fast weight memory of Schlag et al. 2021 (arXiv 2011.07831).
 
     From W = 0, at every token W <- W + beta_t k_t (v_t - W^T k_t)^T, then W <- W / max(|W|_F, 1),
-    each head by itself. Reads nothing on the way; accumulates in float32 at least.
+    each head by itself. (The synthetic experiments' published code does not divide after the very
+    first token.) Reads nothing on the way; accumulates in float32 at least.
 
     By chunks, in which W_t = c W + sum_(s <= t) c_s k_s e_s^T with W the state before the chunk: a
     token needs W^T k_t, from one matmul for the whole chunk, the overlaps k_s . k_t, and the norm,

@@ -4,10 +4,12 @@ import concurrent.futures
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -52,17 +54,19 @@ def run(config: Mapping[str, Any], workdir: Path) -> int:
 
 def _run(config, workdir):
     _same_training(config, workdir / "config.json")
-    rows = read_log(workdir / LOG)
-    done = {run: rows for run, rows in _by_run(rows).items() if _stopped(rows, config["max_step"])}
-    # What an interrupted run has left is dropped: it starts anew, and gives the same again.
-    _write(workdir / LOG, [row for rows in done.values() for row in rows])
-    jobs = [
-        (name, size, seeds)
-        for name in config["models"]
-        for size in config["sizes"]
-        if (seeds := [s for s in config["seeds"] if (config["setting"], name, size, s) not in done])
-    ]
-    # The longest first, so that no worker is left with it at the end; rule fwm takes longest.
+    runs = _by_run(read_log(workdir / LOG))
+    jobs = []
+    for name, size in itertools.product(config["models"], config["sizes"]):
+        of_seed = {seed: (config["setting"], name, size, seed) for seed in config["seeds"]}
+        seeds = [s for s in of_seed if not _stopped(runs[of_seed[s]], config["max_step"])]
+        # What an interrupted run has left is dropped: it starts anew, and gives the same again.
+        for seed in seeds:
+            del runs[of_seed[seed]]
+        if seeds:
+            jobs.append((name, size, seeds))
+    _write(workdir / LOG, [row for rows in runs.values() for row in rows])
+    # The longest first, so that no worker is left with it at the end; but rule fwm, which takes
+    # longer than everything else together, after the rest.
     jobs.sort(key=lambda job: (job[0].endswith("_fwm"), -job[1]))
     train = functools.partial(_train, dict(config), workdir / LOG)
     if config["workers"] == 1:
@@ -73,10 +77,15 @@ def _run(config, workdir):
         with concurrent.futures.ProcessPoolExecutor(
             min(len(jobs), config["workers"]),
             multiprocessing.get_context("spawn"),
-            _limit_threads,
+            begin_worker,
             (n_thread,),
         ) as pool:
-            list(pool.map(train, jobs))
+            try:
+                list(pool.map(train, jobs))
+            except BaseException:  # Ctrl-C too: the pool would wait for every job that has begun
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
     print(report.write(summary(read_log(workdir / LOG)), workdir), flush=True)
 
 
@@ -96,9 +105,11 @@ def _check(config):
             refuse(field, f"a tuple of different {expected}, at least one")
     for name in config["models"]:
         Model.of(name)
-    for field in ("batch_size", "max_step", "workers"):
+    for field in ("batch_size", "workers"):
         if config[field] < 1:
             refuse(field, "1 or more")
+    if config["max_step"] < 1 or config["max_step"] % EVAL_INTERVAL:
+        refuse("max_step", f"a multiple of {EVAL_INTERVAL}, the steps between evaluations")
     if not 0 < config["lr"] < math.inf:
         refuse("lr", "a number above 0")
 
@@ -115,18 +126,29 @@ def _same_training(config, path):
         )
 
 
-def _limit_threads(n_thread):
-    # Read by XLA's CPU backend when it starts, after this.
+def begin_worker(n_thread: int) -> None:
+    """A worker takes its share of the cores, and ends with the process that has started it."""
+    # Read by XLA's backends when they start, after this.
     os.environ["PJRT_NPROC"] = str(n_thread)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share one GPU
+
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent):
+    # A killed parent cannot tell its workers, and one of them may be hours from its next job.
+    parent.join()
+    os._exit(1)
 
 
 def _train(config, log, job):
     """Train one model at one size, a seed after the other: one compilation serves all."""
     name, size, seeds = job
     model = Model.of(name)
-    # The published rate of the combination that does not train at 0.001.
-    lr = config["lr"] / 10 if name == "tanh_fwm" else config["lr"]
-    parent = multiprocessing.parent_process()
+    lr, n_batch = config["lr"], config["batch_size"]
+    if name == "tanh_fwm":  # does not train otherwise; published as such
+        lr, n_batch = lr / 10, n_batch * 4
     for seed in seeds:
         started = time.perf_counter()
         init_key, key = jax.random.split(jax.random.key(seed))
@@ -134,16 +156,13 @@ def _train(config, log, job):
         state = (jnp.int32(0), params, adam(lr).init(params))
         rows: list[Row] = []
         while not _stopped(rows, config["max_step"]):
-            if parent and not parent.is_alive():  # killed: nobody would read on, for hours
-                return
-            state, *losses = train_and_evaluate(
-                model, config["setting"], size, config["batch_size"], lr, state, key
+            state, train_loss, eval_loss = train_and_evaluate(
+                model, config["setting"], size, n_batch, lr, state, key
             )
-            losses = [round(float(x), 6) for x in losses]
             seconds = round(time.perf_counter() - started, 2)
             step = (len(rows) + 1) * EVAL_INTERVAL
             run = (config["setting"], name, size, seed)
-            rows.append(Row(*run, step, losses[0], losses[1], seconds))
+            rows.append(Row(*run, step, float(train_loss), float(eval_loss), seconds))
             with log.open("a", encoding="utf-8", newline="") as file:
                 file.write(_csv(rows[-1:]))  # in one piece: other processes write here, too
         result = f"{_best(rows):.4f}, stopped at step {step} after {seconds:.0f} s"
@@ -168,12 +187,12 @@ def _stopped(rows, max_step):
 def summary(rows: list[Row]) -> list[report.Result]:
     """One result per run: the best evaluation loss, the last step, its seconds."""
     return [
-        report.Result(*run, _best(rows), rows[-1].step, rows[-1].seconds)
+        report.Result(*run, round(_best(rows), 6), rows[-1].step, rows[-1].seconds)
         for run, rows in _by_run(rows).items()
     ]
 
 
-def _by_run(rows: list[Row]) -> dict[tuple[str, str, int, int], list[Row]]:
+def _by_run(rows: list[Row]) -> defaultdict[tuple[str, str, int, int], list[Row]]:
     runs = defaultdict(list)
     for row in rows:
         runs[row[:4]].append(row)

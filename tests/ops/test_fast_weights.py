@@ -304,8 +304,8 @@ def test_features_inside_equal_features_outside(name, update_rule, attn_normaliz
     [
         ({"update_rule": "hebb"}, "'hebb' is unknown; choose one of sum, delta"),
         ({"attn_normalization": "l2"}, "choose one of none, output, output_and_key"),
-        ({"beta": None}, "beta belongs to the delta rule"),
-        ({"update_rule": "sum"}, "beta belongs to the delta rule"),
+        ({"beta": None}, "the sum rule has no beta, and every other rule needs one"),
+        ({"update_rule": "sum"}, "the sum rule has no beta, and every other rule needs one"),
         ({"update_rule": "sum", "beta": None, "attn_normalization": "output_and_key"}, "rescales"),
     ],
 )
