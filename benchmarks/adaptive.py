@@ -19,6 +19,7 @@ depends less on what else the machine does.
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -133,6 +134,7 @@ def main():
     device = jax.devices()[0]
     product, product_flops = common.matmul()
     results = {
+        "command": " ".join(["python -m benchmarks.adaptive", *sys.argv[1:]]),
         **common.environment(),
         "n_token": N_TOKEN,
         "cutoffs": CUTOFFS,
@@ -171,7 +173,7 @@ def main():
             "rows": rows,
         }
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"adaptive_{device.platform}.json"
+    path = args.out / f"adaptive_{common.device_name()}.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwritten to {path}")
 

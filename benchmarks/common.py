@@ -107,7 +107,7 @@ def flops_per_token(
     return c.n_layer * layer + scored * 2 * c.d_model * words
 
 
-# The shares of WikiText-103's tokens in the clusters of the cutoffs 20000, 40000, 200000: the
-# first as its issue of figures gives it, 93%; the rest by the tail of a Zipf law.
+# The shares of WikiText-103's tokens in the clusters of the cutoffs 20000, 40000, 200000: 93% in
+# the head, the rest a rough split of the tail (benchmarks/adaptive.py has a law for it).
 WIKITEXT_SHARES = (0.93, 0.03, 0.035, 0.005)
 WIKITEXT_TOKENS = 267_735

@@ -9,20 +9,20 @@ timed in the same run, in bfloat16 as they require, beside ours in bfloat16.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import platform
-import re
 import statistics
+import sys
 import time
 from functools import partial
+from os import getloadavg
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 
+from benchmarks import common
 from fwm.ops import delta_rule, fast_weights, recurrent, sum_rule
 from fwm.ops.softmax import causal_attention
 
@@ -220,13 +220,13 @@ def measure_peak(rounds):
 def as_markdown(report):
     """The report as tables."""
     lines = [
-        f"# Fast weight ops on {report['device']}",
+        f"# Fast weight ops: {report['device']}",
         "",
-        ", ".join(f"{key} {value}" for key, value in report["versions"].items())
-        + f"; {report['cpu_count']} CPU cores; measured matmul peak "
-        f"{report['peak_flops'] / 1e9:.0f} GFLOP/s; load average while it ran "
-        f"{report['load_average'][0]:.1f} to {report['load_average'][1]:.1f}; "
-        f"medians of {report['rounds']} rounds in turns.",
+        f"`{report['command']}`; {report['processor']}; "
+        + ", ".join(f"{name} {report[name]}" for name in ("python", "jax", "jaxlib", "numpy"))
+        + f"; measured matmul peak {report['peak_flops'] / 1e9:.0f} GFLOP/s; load average while it "
+        f"ran {report['load_average'][0]:.1f} to {report['load_average'][1]:.1f}; medians of "
+        f"{report['rounds']} rounds in turns.",
         "",
         "| rule | B x T x N x K x V | form | forward ms | forward+backward ms | tokens/s "
         "| share of peak | temporary MiB | speedup forward | speedup both |",
@@ -242,7 +242,8 @@ def as_markdown(report):
         )
     lines += [
         "",
-        f"Long sequences, N = {N_HEAD}, K = V = 64, forward and backward, automatic form:",
+        f"Long sequences, N = {N_HEAD}, K = V = 64, forward and backward, automatic form, medians "
+        f"of {min(3, report['rounds'])} rounds one after the other:",
         "",
         "| rule | T | us per token | temporary MiB |",
         "|---|--:|--:|--:|",
@@ -293,18 +294,11 @@ def main():
     parser.add_argument("--tokens", type=int, default=65536, help="per batch of long sequences")
     arguments = parser.parse_args()
 
-    from os import cpu_count, getloadavg
-
     load = [getloadavg()[0]]
-    device = jax.devices()[0].device_kind
-    device = platform.processor() or platform.machine() if device == "cpu" else device
     peak = measure_peak(arguments.rounds)
     report = {
-        "device": device,
-        "backend": jax.default_backend(),
-        "cpu_count": cpu_count(),
-        "versions": {"python": platform.python_version()}
-        | {x: importlib.metadata.version(x) for x in ("jax", "jaxlib", "numpy")},
+        "command": " ".join(["python -m benchmarks.ops", *sys.argv[1:]]),
+        **common.environment(),
         "rounds": arguments.rounds,
         "peak_flops": peak,
         "paper": [],
@@ -329,8 +323,7 @@ def main():
     report["load_average"] = load
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "_", f"{report['backend']} {device}".lower()).strip("_")
-    path = arguments.out / f"ops_{slug}"
+    path = arguments.out / f"ops_{common.device_name()}"
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(as_markdown(report))
     plot(report, path.with_suffix(".png"))
