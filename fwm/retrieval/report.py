@@ -22,6 +22,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "update_rule": {
         "dpfp1_sum": (0.1039, 0.1113, 0.1797, 0.2310),
         "dpfp1_delta": (0.0010, 0.0001, 0.1039, 0.1709),
+        # S = 100: as in the log that ended at step 300; a later one has 0.0036 at step 2800.
         "dpfp2_delta": (0.0005, 0.0854, 0.0004, 0.0008),
         "linear_delta": (0.0007, 0.1502, 0.2762, 0.3415),
         "favor64_delta": (0.1832, 0.4994, math.nan, math.nan),
