@@ -141,7 +141,8 @@ def draw(results: Sequence[Result]) -> Any:
         axes = figure.add_subplot(1, len(panels), index + 1)
         axes.set(title=setting, xlabel="S", ylabel="best evaluation loss")
         # The fast weight memory loses up to S / 2; all others at most about 0.5.
-        axes.set_yscale("symlog", linthresh=0.6) if any("fwm" in m for m in by_model) else None
+        if any(model.endswith("_fwm") for model in by_model):
+            axes.set_yscale("symlog", linthresh=0.6, linscale=2)
         for number, (model, by_size) in enumerate(by_model.items()):
             style: dict[str, Any] = {"color": f"C{number}", "marker": "o", "markersize": 4}
             sizes = sorted(by_size)
@@ -154,5 +155,5 @@ def draw(results: Sequence[Result]) -> Any:
             axes.plot(list(published), list(published.values()), **style)
         axes.plot([], [], "o", color="black", markerfacecolor="none", label="published")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
