@@ -244,11 +244,16 @@ def test_an_interrupt_does_not_wait_for_what_has_begun(tmp_path):
     assert "stopped at" not in out
 
 
-def test_what_a_call_does_not_ask_for_is_kept(trained, tmp_path):
+def test_finished_runs_that_a_call_does_not_ask_for_are_kept_and_others_not(trained, tmp_path):
     log = tmp_path / "evaluations.csv"
-    log.write_text((trained / "evaluations.csv").read_text())  # cut off at 300 steps
-    experiment.run(options(seeds=(1,), max_step=400), tmp_path)
-    assert [row.step for row in experiment.read_log(log) if row.seed == 0] == [100, 200, 300]
+    text = (trained / "evaluations.csv").read_text()
+    log.write_text(text + text.split("\n")[1].replace(",10,0,100,", ",20,0,100,") + "\n")
+    (tmp_path / "config.json").write_text((trained / "config.json").read_text())
+    with pytest.raises(UserError, match=r"holds runs with .*max_step.*give another --workdir"):
+        experiment.run(options(max_step=400), tmp_path)
+    experiment.run(options(seeds=(1,)), tmp_path)
+    runs = {(row.size, row.seed) for row in experiment.read_log(log)}
+    assert runs == {(10, 0), (10, 1)}  # without the interrupted (20, 0)
 
 
 def test_the_one_model_that_is_trained_otherwise(tmp_path, monkeypatch):
@@ -349,7 +354,6 @@ def test_configs_are_the_paper_s():
         assert all(len(losses) == len(report.SIZES[setting]) for losses in models.values())
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_mode_and_config_belong_together():
     for argv in (["--mode=retrieval"], ["--config=configs/retrieval.py:capacity"]):
         flags.FLAGS.unparse_flags()

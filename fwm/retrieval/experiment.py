@@ -4,7 +4,6 @@ import concurrent.futures
 import csv
 import functools
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -55,16 +54,15 @@ def run(config: Mapping[str, Any], workdir: Path) -> int:
 def _run(config, workdir):
     _same_training(config, workdir / "config.json")
     runs = _by_run(read_log(workdir / LOG))
-    jobs = []
-    for name, size in itertools.product(config["models"], config["sizes"]):
-        of_seed = {seed: (config["setting"], name, size, seed) for seed in config["seeds"]}
-        seeds = [s for s in of_seed if not _stopped(runs[of_seed[s]], config["max_step"])]
-        # What an interrupted run has left is dropped: it starts anew, and gives the same again.
-        for seed in seeds:
-            del runs[of_seed[seed]]
-        if seeds:
-            jobs.append((name, size, seeds))
-    _write(workdir / LOG, [row for rows in runs.values() for row in rows])
+    done = {run: rows for run, rows in runs.items() if _stopped(rows, config["max_step"])}
+    # What an interrupted run has left is dropped: it starts anew, and gives the same again.
+    _write(workdir / LOG, [row for rows in done.values() for row in rows])
+    jobs = [
+        (name, size, seeds)
+        for name in config["models"]
+        for size in config["sizes"]
+        if (seeds := [s for s in config["seeds"] if (config["setting"], name, size, s) not in done])
+    ]
     # The longest first, so that no worker is left with it at the end; but rule fwm, which takes
     # longer than everything else together, after the rest.
     jobs.sort(key=lambda job: (job[0].endswith("_fwm"), -job[1]))
@@ -116,7 +114,7 @@ def _check(config):
 
 def _same_training(config, path):
     """Runs of one workdir are trained alike; the other setting, models and so on may be added."""
-    fields = {name: config[name] for name in ("batch_size", "lr")}
+    fields = {name: config[name] for name in ("batch_size", "lr", "max_step")}
     if not path.exists():
         path.write_text(json.dumps(fields), encoding="utf-8")
     elif (saved := path.read_text(encoding="utf-8")) != json.dumps(fields):
@@ -192,7 +190,7 @@ def summary(rows: list[Row]) -> list[report.Result]:
     ]
 
 
-def _by_run(rows: list[Row]) -> defaultdict[tuple[str, str, int, int], list[Row]]:
+def _by_run(rows: list[Row]) -> dict[tuple[str, str, int, int], list[Row]]:
     runs = defaultdict(list)
     for row in rows:
         runs[row[:4]].append(row)
