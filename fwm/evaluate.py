@@ -22,8 +22,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fwm import data, parallel
-from fwm.checkpoint import Checkpoints, write_json
+from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
+from fwm.files import write_json
 from fwm.model import LanguageModel, ModelConfig, build_config, empty_memory
 
 

@@ -26,8 +26,8 @@ from clu import parameter_overview
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from fwm.checkpoint import read_json, write_json
 from fwm.errors import UserError
+from fwm.files import read_json, write_json
 
 LOG = "train_log.csv"
 CURVE = "learning_curve.png"

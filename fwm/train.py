@@ -23,8 +23,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from fwm import data, parallel
-from fwm.checkpoint import Checkpoints, lock_workdir, read_json, write_json
+from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
+from fwm.files import lock_workdir, read_json, write_json
 from fwm.layers import Dropout
 from fwm.model import LanguageModel, build_config, empty_memory, redraw_projections
 from fwm.optimizer import Schedule, adam, learning_rate

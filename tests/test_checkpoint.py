@@ -18,8 +18,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fwm.checkpoint import Checkpoints, lock_workdir, read_json, write_json
+from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
+from fwm.files import lock_workdir, read_json, write_json
 
 
 def make_state(step, memory=None):
@@ -408,7 +409,7 @@ def test_json_files(tmp_path):
 LOCKED = """
 import sys, time
 from pathlib import Path
-from fwm.checkpoint import lock_workdir
+from fwm.files import lock_workdir
 
 with lock_workdir(Path(sys.argv[1])):
     print("locked", flush=True)

@@ -17,8 +17,8 @@ from absl import flags
 import main
 from configs import retrieval as config
 from fwm import ops
-from fwm.checkpoint import lock_workdir
 from fwm.errors import UserError
+from fwm.files import lock_workdir
 from fwm.retrieval import experiment, report
 from fwm.retrieval import model as retrieval
 

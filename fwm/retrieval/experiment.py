@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fwm.checkpoint import lock_workdir
 from fwm.errors import UserError
+from fwm.files import lock_workdir
 from fwm.retrieval import report
 from fwm.retrieval.model import EVAL_INTERVAL, SETTINGS, Model, adam, init, train_and_evaluate
 

@@ -1,0 +1,71 @@
+"""JSON files that are whole or old, and the lock of a workdir."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fwm.errors import UserError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing, unreadable or malformed one is a UserError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not valid JSON ({type(error).__name__}): restore it from a copy or "
+            "start in another workdir."
+        ) from error
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Hold the workdir for this process, or raise UserError naming the host and process that do.
+
+    The lock belongs to the open file, so the kernel drops it when its owner dies in whatever way:
+    the file that a dead process left is taken over, and a process id used again cannot deceive.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{workdir} cannot be written to ({error.strerror}): choose another --workdir."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown, it has just started"
+            raise UserError(
+                f"{workdir} is in use by another run ({owner}): wait for it, stop it, or give "
+                "this run another --workdir."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{workdir} cannot be locked ({error.strerror}): choose a --workdir on a file "
+                "system with file locks."
+            ) from error
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
+        yield

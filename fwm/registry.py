@@ -1,0 +1,64 @@
+"""Tables of what can be chosen by name, one per kind: rules, feature maps, mixers, tasks.
+
+A config file that lies anywhere may add to them, `UPDATE_RULES["mine"] = Rule(...)`; `recording`
+tells which names it added, so that a run can say which file it needs.
+"""
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from fwm.errors import UserError
+
+T = TypeVar("T")
+_recordings: list[list[str]] = []
+
+
+class Table(MutableMapping[str, T], Generic[T]):
+    """Names and what they stand for.
+
+    Args:
+        field: the config key whose values these names are.
+
+    Raises:
+        UserError: (at a look-up) the name is not in the table; the message lists those that are.
+    """
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+        self._entries: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise UserError(
+                f"unknown {self.field} {name!r}: expected one of {', '.join(self._entries)}."
+            )
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __setitem__(self, name: str, value: T) -> None:
+        self._entries[name] = value
+        for recording in _recordings:
+            recording.append(f"{self.field}={name}")
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@contextmanager
+def recording() -> Iterator[list[str]]:
+    """The entries, as `field=name`, that are made inside the block."""
+    entries: list[str] = []
+    _recordings.append(entries)
+    try:
+        yield entries
+    finally:
+        _recordings.remove(entries)
