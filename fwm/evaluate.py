@@ -124,8 +124,8 @@ def automatic_batch_size(config: ModelConfig, window: int) -> int:
     projections of a mixer, and softmax scores where there are any, in float32.
     """
     c = config
-    scores = 2 * c.n_head * window if c.mixer == "softmax" else 0
-    floats = window * (2 * c.d_inner + 8 * c.d_model + c.n_head * (6 * c.n_feature) + scores)
+    mixer = c.make_mixer().floats_per_token(window)
+    floats = window * (2 * c.d_inner + 8 * c.d_model + mixer)
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         # A CPU tells no limit. Measured at `small`: 8 windows of 256 tokens are faster than 4,
@@ -350,8 +350,8 @@ def reading(config: Any, n_token: int) -> tuple[ModelConfig, bool, int]:
         if c.eval[name] < 0:
             raise UserError(f"config.eval.{name} must be 0 or more, got {c.eval[name]}.")
     overrides = {k: c.eval[k] for k in ("mem_len", "clamp_len") if c.eval[k] > 0}
-    carried = c.train.carry_over_fast_weight or c.model.mixer == "transformer_xl"
     model_config = build_config(c.model.to_dict() | overrides, n_token)
+    carried = model_config.carries(c.train.carry_over_fast_weight)
     return model_config, carried, c.eval.tgt_len or c.train.tgt_len
 
 

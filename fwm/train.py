@@ -26,8 +26,8 @@ from fwm import data, parallel
 from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
 from fwm.files import lock_workdir, read_json, write_json
-from fwm.layers import Dropout
 from fwm.model import LanguageModel, build_config, empty_memory, redraw_projections
+from fwm.ops.dropout import Dropout
 from fwm.optimizer import Schedule, adam, learning_rate
 from fwm.reporting import Reporter, parameter_table
 
@@ -334,8 +334,6 @@ def _prepare(config: Any) -> tuple[data.Corpus, LanguageModel, Any, Schedule]:
             "config.train.profile_steps must be the first and the last step to trace, such as "
             f"(10, 15), or () for none, got {steps}."
         )
-    if t.carry_over_fast_weight and c.model.mixer != "fast_weight":
-        raise UserError(f"carry_over_fast_weight has no meaning for {c.model.mixer}.")
     schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
     corpus = data.load(
         c.data.name,
@@ -347,6 +345,7 @@ def _prepare(config: Any) -> tuple[data.Corpus, LanguageModel, Any, Schedule]:
     # Both refuse what does not fit.
     corpus.train_batch(0, t.batch_size, t.tgt_len, c.seed)
     model = LanguageModel(build_config(c.model.to_dict(), len(corpus.vocab)))
+    model.config.carries(t.carry_over_fast_weight)
     return corpus, model, adam(schedule, t.clip), schedule
 
 
