@@ -24,6 +24,7 @@ ALLOWED = {
     "fwm.adaptive": {"fwm.errors"},
     "fwm.layers": {"fwm.errors", "fwm.ops"},
     "fwm.model": {"fwm.errors", "fwm.ops", "fwm.layers", "fwm.adaptive"},
+    "fwm.score": {"fwm.errors", "fwm.model", "fwm.parallel"},
     "fwm.interop": {"fwm.errors", "fwm.model"},
     "fwm.retrieval": {"fwm.errors", "fwm.ops", "fwm.optimizer", "fwm.files"},
 }
