@@ -376,12 +376,6 @@ def _counted(batch: Any) -> int:
     return batch.tokens.size if batch.mask is None else int(np.sum(batch.mask))
 
 
-def _begin_anew(memory: Any, first: Array) -> Any:
-    """The memory, emptied in the rows that are `first`."""
-    rows = lambda leaf: first.reshape(-1, *(1,) * (leaf.ndim - 1))
-    return jax.tree.map(lambda leaf: jnp.where(rows(leaf), jnp.zeros((), leaf.dtype), leaf), memory)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
     """Sums of a task's own score over the batches of a split, which are a fixed set.
@@ -393,8 +387,8 @@ class Batches:
         model: a `LanguageModel`.
         variables: its variables.
         split: which batches.
-        memory: what the first batch starts from and later ones carry on, but in the rows that are
-            `first`; None: every batch is scored by itself.
+        memory: what the first batch starts from, if `task.score` shall carry it from batch to
+            batch; None: every batch is scored by itself.
 
     Raises:
         UserError: (while scoring) the split has nothing to score, or a batch's score counts other
@@ -411,8 +405,8 @@ class Batches:
     unit = "batches"
 
     def key(self) -> dict[str, Any]:
-        """The protocol; the batches are a matter of the run's own settings."""
-        return {"protocol": self.name}
+        """The protocol and the batches."""
+        return {"protocol": self.name, "text": self._whole[1]}
 
     def settings(self) -> dict[str, Any]:
         """Neither window nor stride: a batch is as long as the task makes it."""
@@ -424,15 +418,15 @@ class Batches:
 
     def partials(self, done: Partial | None = None) -> Iterator[Partial]:
         """A partial score after every batch."""
-        batches = lambda: self.task.batches(self.split, slice(None))
-        expected = sum(map(_counted, batches()))
+        expected = self._whole[0]
         if expected == 0:
             raise UserError(
                 f"the task has nothing to score in its batches of the {self.split} split."
             )
-        step, variables = jax.jit(self._step), jax.device_put(self.variables)
+        step = jax.jit(functools.partial(self.task.score, self.model))
+        variables = jax.device_put(self.variables)
         partial = done or Partial(Score(0.0, 0), expected, 0, self.memory)
-        for batch in itertools.islice(batches(), partial.position, None):
+        for batch in itertools.islice(self._batches(), partial.position, None):
             sums, memory = step(variables, batch, partial.memory)
             if int(sums["count"]) != _counted(batch):
                 raise UserError(
@@ -442,7 +436,15 @@ class Batches:
             partial = partial.add(sums, partial.position + 1, memory)
             yield partial
 
-    def _step(self, variables: Any, batch: Any, memory: Any) -> tuple[dict[str, Array], Any]:
-        memory = _begin_anew(memory, batch.first)
-        sums, new = self.task.score(self.model, variables, batch, memory)
-        return sums, None if memory is None else new
+    def _batches(self) -> Iterator[Any]:
+        return self.task.batches(self.split, slice(None))
+
+    @functools.cached_property
+    def _whole(self) -> tuple[int, int]:
+        """Positions that count in all batches, and a checksum of these."""
+        count = checksum = 0
+        for batch in self._batches():
+            count += _counted(batch)
+            for leaf in jax.tree.leaves(batch):
+                checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+        return count, checksum
