@@ -80,8 +80,8 @@ def flops_per_token(
 ) -> float:
     """FLOPs of one token's forward pass in a segment of `length`, a multiply-add counted as two.
 
-    Per layer: the mixer's own count (`Mixer.flops`) and the feed-forward part, 4 D F. The softmax of
-    the words: 2 D (head words + clusters), and for the share of tokens in a tail cluster 2 D times
+    Per layer: the mixer's own count (`Mixer.flops`) and the feed-forward part, 4 D F. The softmax
+    of the words: 2 D (head words + clusters), and for the share of tokens in a tail cluster 2 D times
     its words; `scored` is the share of positions that go through it. Element-wise work is not
     counted. Training is three times as much.
     """

@@ -120,17 +120,17 @@ def test_what_is_refused(variant, options, message):
         (
             "dpfp_sum",
             "attn_normalization=output_and_key",
-            "rescales beta.* update_rule sum has none",
+            "update_rule sum has none: use output",
         ),
         (
             "dpfp_delta",
             "dropatt=0.1",
-            "dropatt has no meaning for fast_weight, it is a key of softmax",
+            "no meaning for fast_weight, it is a key of softmax",
         ),
         (
             "dpfp_delta",
             "mem_len=5",
-            "mem_len has no meaning for fast_weight, it is a key of transformer_xl",
+            "no meaning for fast_weight, it is a key of trans",
         ),
         ("transformer_xl", "no_pos=True", "no_pos has no meaning for transformer_xl"),
         ("dpfp_delta", "feature_map=exp", "'exp': expected one of elu, favor, dpfp"),

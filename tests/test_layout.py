@@ -24,6 +24,7 @@ ALLOWED = {
     "fwm.layers": {"fwm.errors", "fwm.ops", "fwm.registry"},
     "fwm.config": {"fwm.errors", "fwm.layers"},
     "fwm.model": {"fwm.config", "fwm.ops", "fwm.layers"},
+    "fwm.score": {"fwm.errors", "fwm.config", "fwm.model", "fwm.parallel"},
     "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model"},
     "fwm.retrieval": {"fwm.errors", "fwm.ops", "fwm.optimizer", "fwm.files"},
 }
