@@ -23,6 +23,8 @@ def defaults() -> ConfigDict:
     """All keys. Tuples, not lists, so that a whole value can be overridden."""
     c = ConfigDict()
     c.seed = 1111  # of everything random: initial parameters, dropout, FAVOR+ projections
+    c.task = "text"  # what is learned: text (of `data`), or one that a config file registers
+    c.registered_in = ""  # the config file that has registered something; set by main.py
 
     c.data = ConfigDict()
     c.data.name = "embedded"  # embedded, wikitext103, wikitext2, enwik8, text8, ptb, lm1b, tfds:...

@@ -136,6 +136,10 @@ class ModelConfig:
         """Whether `LanguageModel` returns a memory that the next segment can start from."""
         return self.mixer != "softmax"
 
+    def carries(self, asked: bool) -> bool:
+        """Whether a run carries memory over; `asked`: train.carry_over_fast_weight."""
+        return self.mixer != "softmax" and (asked or self.mixer == "transformer_xl")
+
     @property
     def n_feature(self) -> int:
         """K, the width of keys and queries after the feature map."""
