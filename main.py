@@ -20,8 +20,11 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default, linear_delta
-from fwm import evaluate, generate, parallel, reporting, retrieval, train
+from fwm import evaluate, generate, parallel, registry, reporting, retrieval, train
+from fwm.config import build_config
 from fwm.errors import UserError
+from fwm.files import flatten
+from fwm.workdir import check_holds_run, config_of_run, saved_config
 
 MODES = ["train", "valid", "eval", "valid,eval", "generate", "compare", "retrieval"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -33,9 +36,6 @@ COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of proce
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "A variant: configs/<variant>.py:options.")
-
-# What an evaluation may change; everything else is the run's own.
-FREE_FIELDS = ("data.", "eval.", "generate.", "report.", "model.dtype")
 
 
 def job_name(config: ConfigDict) -> str:
@@ -55,13 +55,12 @@ def job_name(config: ConfigDict) -> str:
 
 def _describe(config: ConfigDict) -> str:
     m, t = config.model, config.train
-    parts = [config.data.name.replace(":", "-"), m.mixer]
-    if m.mixer == "fast_weight":
-        parts = [parts[0], m.feature_map, m.update_rule, m.attn_normalization]
-        parts += {"dpfp": [f"nu{m.dpfp_n_roll}"], "favor": [f"m{m.performer_proj_dim}"]}.get(
-            m.feature_map, []
-        )
-    parts += ["nopos"] * m.no_pos + ["carry"] * t.carry_over_fast_weight
+    learned = config.data.name.replace(":", "-") if config.task == "text" else config.task
+    mixer = build_config(m.to_dict(), n_token=2**31 - 1).make_mixer()  # of any vocabulary
+    parts = [learned, *mixer.name_parts(m.mixer)]
+    parts += (
+        [m.norm] * (m.norm != "post") + ["nopos"] * m.no_pos + ["carry"] * t.carry_over_fast_weight
+    )
     parts += [f"mem{m.mem_len}"] * bool(m.mem_len)
     parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]
     parts += [f"len{t.tgt_len}", f"bs{t.batch_size}", f"lr{t.lr:g}", f"steps{t.max_step}"]
@@ -70,7 +69,11 @@ def _describe(config: ConfigDict) -> str:
 
 
 def parse(argv: list[str]) -> ConfigDict:
-    """Flags into `FLAGS` and the config; what the user got wrong becomes a `UserError`."""
+    """Flags into `FLAGS` and the config; what the user got wrong becomes a `UserError`.
+
+    The config file may lie anywhere and register rules, feature maps, mixers and tasks; a run
+    that is trained with it keeps in `registered_in` which file that was.
+    """
     given = any(
         arg.lstrip("-").startswith("config=") or arg in ("-config", "--config") for arg in argv
     )
@@ -80,7 +83,8 @@ def parse(argv: list[str]) -> ConfigDict:
     app.define_help_flags()
     sys.argv = argv  # config_flags looks for the overrides there
     try:
-        _, *unknown = flags.FLAGS(argv)
+        with registry.recording() as registered:
+            _, *unknown = flags.FLAGS(argv)
     except (flags.Error, OSError, LookupError, AttributeError, SyntaxError, TypeError) as error:
         raise UserError(_sentence(error)) from error
     if unknown:
@@ -102,6 +106,9 @@ def parse(argv: list[str]) -> ConfigDict:
             "--mode=retrieval and --config=configs/retrieval.py:capacity or :update_rule belong "
             f"together, but the mode is {MODE.value}: give both or neither."
         )
+    if registered and "registered_in" in CONFIG.value:
+        file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+        CONFIG.value.registered_in = str(Path(file).absolute())
     return CONFIG.value
 
 
@@ -119,68 +126,19 @@ def _sentence(error: BaseException) -> str:
     return " ".join(text.replace("\\n", " ").split())
 
 
-def config_of_run(workdir: Path, overrides: dict[str, Any]) -> ConfigDict:
-    """The config that a run was trained with, and what the command line changes of it.
-
-    Raises:
-        UserError: no run there, a config of another version, or a change that evaluation cannot
-            make.
-    """
-    _check_holds_run(workdir)
-    for name in overrides:
-        if not name.startswith(FREE_FIELDS):
-            raise UserError(
-                f"--config.{name} belongs to the training of {workdir} and cannot be changed for "
-                f"an evaluation, which may change {', '.join(FREE_FIELDS)}."
-            )
-    config = default.defaults()
-    saved = train.saved_config(workdir)
-    unknown = sorted(set(saved) ^ set(train.flatten(config.to_dict())))
-    if unknown:
-        raise UserError(
-            f"{workdir}/config.json is of another version of fwm: the fields {', '.join(unknown)} "
-            "are not in both; evaluate it with the version that trained it."
-        )
-    try:
-        config.update_from_flattened_dict(saved)
-    except TypeError as error:
-        raise UserError(f"{workdir}/config.json is damaged: {error}; restore it.") from error
-    config.update_from_flattened_dict(overrides)
-    return config.lock()
-
-
-def _check_holds_run(workdir: Path) -> None:
-    if not (workdir / "config.json").exists():
-        raise UserError(
-            f"{workdir} holds no run (no config.json): give the --workdir of a trained one."
-        )
-
-
-def paper_result(workdir: Path) -> str:
-    """What the paper reports for a run's model, text and context, where that is certain; else `-`.
-
-    Raises:
-        UserError: no run there, or its settings are damaged.
-    """
-    _check_holds_run(workdir)
-    saved = train.saved_config(workdir)
-    # Section 6.3: Delta Net at `small`.
-    published = train.flatten(linear_delta.get_config("small").to_dict())
-    matters = ("data.name", "model.", "train.tgt_len", "train.carry_over_fast_weight")
-    same = all(
-        saved.get(name) == value
-        for name, value in published.items()
-        if name.startswith(matters) and name != "model.dtype"
-    )
-    return "34.1 / 35.2" if same else "-"
+def published() -> dict[str, dict[str, Any]]:
+    """By what the paper reports (section 6.3, valid / test), the settings it reports it of."""
+    return {"34.1 / 35.2": flatten(linear_delta.get_config("small").to_dict())}
 
 
 def compare(workdirs: list[Path]) -> int:
     """Print the exact results of several runs in a table; draw their curves into one figure."""
+    for workdir in workdirs:
+        check_holds_run(workdir)
     figure = workdirs[0] / "compare.png"
-    paper = {workdir: paper_result(workdir) for workdir in workdirs}
-    trained = {workdir: train.saved_config(workdir) for workdir in workdirs}
-    print(reporting.compare(workdirs, figure, paper, trained))
+    settings = {workdir: saved_config(workdir) for workdir in workdirs}
+    paper = {path: reporting.paper_result(settings[path], published()) for path in workdirs}
+    print(reporting.compare(workdirs, figure, paper, settings))
     print(f"Learning curves: {figure}")
     return 0
 
@@ -202,7 +160,8 @@ def dispatch(argv: list[str]) -> int:
     if MODE.value != "train":
         if not WORKDIR.value:
             raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
-        if any(arg.lstrip("-").startswith("config=") for arg in argv):
+        given = any(arg.lstrip("-").startswith("config=") for arg in argv)
+        if given and not config.registered_in:
             note = f"--config is not used: the settings are those of the run in {workdir}."
             print(note, file=sys.stderr)
         overrides = config_flags.get_override_values(flags.FLAGS["config"])

@@ -81,9 +81,9 @@ def flops_per_token(
     """FLOPs of one token's forward pass in a segment of `length`, a multiply-add counted as two.
 
     Per layer: the mixer's own count (`Mixer.flops`) and the feed-forward part, 4 D F. The softmax
-    of the words: 2 D (head words + clusters), and for the share of tokens in a tail cluster 2 D times
-    its words; `scored` is the share of positions that go through it. Element-wise work is not
-    counted. Training is three times as much.
+    of the words: 2 D (head words + clusters), and for the share of tokens in a tail cluster 2 D
+    times its words; `scored` is the share of positions that go through it. Element-wise work is
+    not counted. Training is three times as much.
     """
     c = config
     layer = c.make_mixer().flops(c.d_model, length) + 4 * c.d_model * c.d_inner

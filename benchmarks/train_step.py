@@ -28,7 +28,7 @@ from benchmarks import common
 from fwm.layers import Dropout, FeedForward
 from fwm.model import LanguageModel, build_config
 from fwm.optimizer import adam, learning_rate
-from fwm.train import Batch, init_state, train_step
+from fwm.step import Batch, init_state, train_step
 
 VARIANTS = (
     "transformer", "transformer_xl", "linear_sum", "linear_delta", "performer_sum",

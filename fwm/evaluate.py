@@ -18,21 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwm import data
-from fwm.checkpoint import Checkpoints
+from fwm.config import ModelConfig, build_config
 from fwm.errors import UserError
 from fwm.files import write_json
-from fwm.model import LanguageModel, ModelConfig, build_config
+from fwm.model import LanguageModel
 from fwm.score import (
-    CarryOver,
     Partial,
     Score,
     ScoringProtocol,
-    SlidingWindow,
     automatic_batch_size,
     carry_over,
     finish,
     sliding_window,
 )
+from fwm.tasks import TASKS
+from fwm.workdir import restore
 
 __all__ = ["Score", "automatic_batch_size", "carry_over", "reading", "run", "sliding_window"]
 
@@ -133,42 +133,13 @@ def _read(
     config: Any, workdir: Path, split: str, which: str, report: Callable[[str], None]
 ) -> Read:
     vocab = data.Vocabulary.load(workdir / "vocab.txt")
-    task = _Text(config, (split,), vocab)
+    task = TASKS[config.task](config, (split,), vocab)
     for warning in task.warnings:
         report(f"warning: {warning}")
     model_config = reading(config, len(vocab))[0]
-    wanted: Any = int(which) if which.isdecimal() else which
-    with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
-        step, saved = checkpoints.restore_subtree(("params", "favor"), wanted)
-    variables = {"params": saved["params"], **(saved["favor"] or {})}
+    step, variables = restore(workdir, which, report)
     protocol = task.protocol(config, LanguageModel(model_config), variables, split)
     return Read(task, model_config, protocol, step)
-
-
-class _Text:
-    """Text, scored window by window, or segment by segment where a memory is carried."""
-
-    def __init__(self, config: Any, splits: Sequence[str], vocab: data.Vocabulary) -> None:
-        c = config.data
-        self._corpus = data.load(
-            c.name, dir=c.dir, cache_dir=c.cache_dir, vocab=vocab, splits=splits,
-            download=c.download,
-        )  # fmt: skip
-        self.warnings, self.unit = self._corpus.warnings, self._corpus.unit
-
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        return {"loss": sums["nll"] / sums["count"]}
-
-    def protocol(
-        self, config: Any, model: LanguageModel, variables: Any, split: str
-    ) -> ScoringProtocol:
-        e, tokens = config.eval, self._corpus.streams[split]
-        length = e.tgt_len or config.train.tgt_len
-        if model.config.carries(config.train.carry_over_fast_weight):
-            return CarryOver(model, variables, tokens, length, e.batch_size, e.split_stream)
-        return SlidingWindow(
-            model, variables, tokens, length, e.batch_size, e.stride, e.split_stream
-        )
 
 
 def _key(config: Any, read: Read) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""JSON files that are whole or old, and the lock of a workdir."""
+"""JSON files that are whole or old, settings flat, and the lock of a workdir."""
 
 import contextlib
 import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ def read_json(path: Path) -> Any:
             f"{path} is not valid JSON ({type(error).__name__}): restore it from a copy or "
             "start in another workdir."
         ) from error
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys; lists as tuples, as JSON does not know the latter."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
 
 
 @contextlib.contextmanager

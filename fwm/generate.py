@@ -28,9 +28,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from fwm import data, evaluate
-from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
 from fwm.model import LanguageModel, empty_memory
+from fwm.tasks import TASKS
+from fwm.workdir import restore
 
 PACED = 1000  # A long text's note compares the pace of so many first and last tokens.
 
@@ -261,7 +262,7 @@ def load(
     """The model of a run, its vocabulary, and the step of its checkpoint.
 
     Args:
-        config: the run's, as `main.config_of_run` reads it; `config.generate.checkpoint` chooses
+        config: the run's, as `workdir.config_of_run` reads it; `config.generate.checkpoint` chooses
             the checkpoint, and what `config.eval` changes of the model's reading holds here too.
         workdir: of the run.
         report: is told about damaged checkpoints.
@@ -276,10 +277,8 @@ def load(
         )
     vocab = data.Vocabulary.load(workdir / "vocab.txt")
     model_config, carried, window = evaluate.reading(config, len(vocab))
-    with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
-        wanted: Any = int(which) if which.isdecimal() else which
-        step, saved = checkpoints.restore_subtree(("params", "favor"), wanted)
-    variables = jax.device_put({"params": saved["params"], **(saved["favor"] or {})})
+    step, variables = restore(workdir, which, report)
+    variables = jax.device_put(variables)
     return Decoder(LanguageModel(model_config), variables, window, carried), vocab, step
 
 
@@ -326,6 +325,11 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
         UserError: no run in workdir, no such checkpoint, an option out of range, a prompt that
             the vocabulary cannot write.
     """
+    if not TASKS[config.task].writes:
+        raise UserError(
+            f"--mode=generate has no meaning for the task {config.task}: score what was learned "
+            "with --mode=valid."
+        )
     note = functools.partial(print, file=sys.stderr, flush=True)
     decoder, vocab, step = load(config, workdir, report=note)
     ids, unknown = encode_prompt(vocab, prompt)

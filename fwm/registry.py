@@ -4,14 +4,15 @@ A config file that lies anywhere may add to them, `UPDATE_RULES["mine"] = Rule(.
 tells which names it added, so that a run can say which file it needs.
 """
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fwm.errors import UserError
 
 T = TypeVar("T")
 _recordings: list[list[str]] = []
+_tables: list["Table[Any]"] = []
 
 
 class Table(MutableMapping[str, T], Generic[T]):
@@ -27,6 +28,7 @@ class Table(MutableMapping[str, T], Generic[T]):
     def __init__(self, field: str) -> None:
         self.field = field
         self._entries: dict[str, T] = {}
+        _tables.append(self)
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
@@ -62,3 +64,15 @@ def recording() -> Iterator[list[str]]:
         yield entries
     finally:
         _recordings.remove(entries)
+
+
+def missing(settings: Mapping[str, Any]) -> list[str]:
+    """The names that settings (with dotted keys) choose and no table has, as `field=name`."""
+    chosen = {
+        (table.field, name)
+        for table in _tables
+        for key, name in settings.items()
+        if key.rpartition(".")[2] == table.field and isinstance(name, str) and name
+    }
+    known = {(table.field, name) for table in _tables for name in table}
+    return [f"{field}={name}" for field, name in sorted(chosen - known)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from program import call
 
 from configs import default
-from fwm import data, ops, train
+from fwm import data, ops, step, train
 from fwm.errors import UserError
 from fwm.model import LanguageModel, build_config
 
@@ -84,16 +84,16 @@ def test_settings_that_are_accepted_take_a_step(seed):
     optimizer = train.adam(schedule, 0.0)
     remembers = model.config.mixer == "fast_weight" or model.config.mem_len > 0
     carry = remembers and bool(rng.integers(2))
-    init = functools.partial(train.init_state, model, optimizer, 1, 2 * carry)
+    init = functools.partial(step.init_state, model, optimizer, 1, 2 * carry)
     options = {"batch_chunk": int(rng.integers(1, 3)), "skip": bool(rng.integers(2))}
-    step = functools.partial(train.train_step, model, optimizer, schedule, **options)
+    update = functools.partial(step.train_step, model, optimizer, schedule, **options)
     tokens = np.arange(10, dtype=np.int32).reshape(2, 5)
-    batch = train.Batch(tokens, tokens, np.ones(2, bool), np.arange(2))
+    batch = step.Batch(tokens, tokens, np.ones(2, bool), np.arange(2))
     kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     state = jax.eval_shape(init)
-    assert kinds(jax.eval_shape(step, state, batch)[0]) == kinds(state)
+    assert kinds(jax.eval_shape(update, state, batch)[0]) == kinds(state)
     if seed % 3 == 0:
-        after, metrics = jax.jit(step)(jax.jit(init)(), batch)
+        after, metrics = jax.jit(update)(jax.jit(init)(), batch)
         assert np.isfinite(float(metrics["loss"]))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 

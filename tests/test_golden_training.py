@@ -8,7 +8,7 @@ from golden_files import files, load, part
 from fwm import data
 from fwm.interop import to_lmtool
 from fwm.optimizer import adam, learning_rate
-from fwm.train import Batch, TrainState, train_step
+from fwm.step import Batch, TrainState, train_step
 
 
 @pytest.mark.parametrize("name", files("train"))

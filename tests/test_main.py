@@ -20,9 +20,10 @@ from program import DPFP, SIZES, call, write_text
 import main
 from configs import default
 from fwm import evaluate as evaluation
-from fwm import generate
+from fwm import generate, reporting
 from fwm.checkpoint import Checkpoints
 from fwm.data import Vocabulary
+from fwm.files import flatten
 from fwm.model import LanguageModel
 from fwm.score import CarryOver, SlidingWindow
 
@@ -264,7 +265,8 @@ def test_only_what_the_paper_reports_is_said_of_a_run(tmp_path):
         ("dpfp_delta:small", "-"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(default_of(variant)))
-        assert main.paper_result(tmp_path) == expected
+        settings = flatten(main.config_of_run(tmp_path, {}).to_dict())
+        assert reporting.paper_result(settings, main.published()) == expected
 
 
 def test_some_steps_are_traced(trained, train, tmp_path):

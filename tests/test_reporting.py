@@ -18,9 +18,9 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import main
-from fwm import reporting
 from fwm.errors import UserError
 from fwm.reporting import COLUMNS, Reporter, compare, parameter_table
+from fwm.reporting import reporter as reporter_room
 
 CONFIG = {"seed": 1, "model": {"d_model": 8, "no_pos": True, "cutoffs": (2, 4)}, "note": None}
 
@@ -103,7 +103,7 @@ def test_files_of_a_run(tmp_path):
 
 def test_device_memory_where_the_device_tells_it(tmp_path, monkeypatch):
     device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**29})
-    monkeypatch.setattr(reporting.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(reporter_room.jax, "local_devices", lambda: [device])
     with make(tmp_path) as reporter:
         run(reporter, [1])
     found = {v.tag: v.simple_value for event in events(tmp_path) for v in event.summary.value}
@@ -170,10 +170,10 @@ def test_one_live_line_on_a_terminal(tmp_path, monkeypatch):
         reporter.message("between")
         run(reporter, [10])
         text = stream.getvalue()
-        monkeypatch.setattr(reporting, "REDRAW_SECONDS", 60.0)
+        monkeypatch.setattr(reporter_room, "REDRAW_SECONDS", 60.0)
         reporter.progress(19, 0.5, tokens_per_second=0.0, seconds_left=None)
         assert stream.getvalue() == text  # No faster than it can be read.
-        monkeypatch.setattr(reporting, "REDRAW_SECONDS", 0.0)
+        monkeypatch.setattr(reporter_room, "REDRAW_SECONDS", 0.0)
         reporter.progress(20, 0.5, tokens_per_second=0.0, seconds_left=None)
         assert stream.getvalue() == text + "\r\x1b[Kstep 20/30  loss 0.5000  perplexity 1.65"
         run(reporter, [30])

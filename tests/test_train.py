@@ -20,12 +20,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from real_runs import assert_same_bits, final_state, log
 
 from configs import default
-from fwm import train
+from fwm import data, parallel, train
 from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
 from fwm.evaluate import carry_over
 from fwm.model import LanguageModel, build_config
-from fwm.reporting import Reporter
+from fwm.reporting import Progress, Reporter, Trace
+from fwm.step import Batch, init_state
 
 ROOT = Path(__file__).parents[1]
 FAST_WEIGHT = {
@@ -130,11 +131,11 @@ def whole(place, one_device):
 def test_traces_that_cannot_be_written_cost_warnings(tmp_path):
     """The second run of a process finds the first one's trace, which jax keeps."""
     lines, steps, workdir = [], [], tmp_path / "file"
-    state = train.TrainState(*[jnp.zeros(())] * len(train.TrainState._fields))
+    state = jnp.zeros(())
     workdir.write_text("mine")
     try:
         for _ in range(2):
-            with train._Profile((1, 2), workdir, lines.append) as profile:
+            with Trace((1, 2), workdir, lines.append) as profile:
                 for number in (1, 2):
                     with profile.step(number, state):
                         steps.append(number)
@@ -159,13 +160,15 @@ def test_the_duration_is_estimated_however_often_a_run_reports(
     said = io.StringIO()
     t = default.defaults().train
     t.update({"log_interval": log_interval, "eval_interval": eval_interval, "max_step": 9})
-    metrics = train.parallel.replicate(dict.fromkeys(("loss", "grad_norm", "learning_rate"), 1.0))
+    metrics = parallel.replicate(dict.fromkeys(("loss", "grad_norm", "learning_rate"), 1.0))
     with Reporter(tmp_path, config={}, total_steps=9, start_step=0, stream=said) as reporter:
-        timer = train._Log(t, reporter, 0)
+        progress = Progress(reporter, t)
         for step in range(1, 10):
-            timer.add((step, metrics))
+            progress.step(step, metrics)
             if step % eval_interval == 0:
-                timer.restart()
+                with progress.paused():
+                    pass
+        progress.flush()
     found = re.findall(r"Estimated duration: \d+:\d\d:\d\d for the (\d) steps", said.getvalue())
     assert found == [str(left)]
 
@@ -221,9 +224,7 @@ def test_loss_falls(whole):
 def test_quick_validation_is_the_mean_over_rows_with_memory(place, whole):
     """Against the evaluator of one chain of segments, on each of the rows."""
     config = settings(place, "fast_weight")
-    corpus = train.data.load(
-        "text", dir=str(place), cache_dir=config.data.cache_dir, splits=("valid",)
-    )
+    corpus = data.load("text", dir=str(place), cache_dir=config.data.cache_dir, splits=("valid",))
     model = LanguageModel(build_config(config.model.to_dict(), len(corpus.vocab)))
     state, stream = final_state(whole("fast_weight")), corpus.streams["valid"]
     variables = {"params": state["params"], **state["favor"]}
@@ -273,9 +274,9 @@ def test_a_dropped_update_changes_nothing_but_the_count(monkeypatch):
     schedule = train.learning_rate("cosine", 0.01, 0, 10)
     optimizer = train.adam(schedule, 0.25)
     step = jax.jit(functools.partial(train.train_step, model, optimizer, schedule, skip=True))
-    states = [train.init_state(model, optimizer, 1, 2)]
+    states = [init_state(model, optimizer, 1, 2)]
     tokens = np.arange(16, dtype=np.int32).reshape(2, 8)
-    batch = train.Batch(tokens, tokens, np.zeros(2, bool), np.arange(2))
+    batch = Batch(tokens, tokens, np.zeros(2, bool), np.arange(2))
     rates = []
     for _ in range(4):
         state, metrics = step(states[-1], batch)

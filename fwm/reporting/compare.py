@@ -1,0 +1,91 @@
+"""Finished runs beside each other: exact results in a table, curves in one figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fwm.errors import UserError
+from fwm.files import read_json
+from fwm.reporting.figures import draw_learning_curves
+from fwm.reporting.sinks import LOG, log_rows
+
+# What decides whether a run is one that the paper reports.
+DECIDING = ("data.name", "model.", "train.tgt_len", "train.carry_over_fast_weight")
+
+
+def compare(
+    workdirs: Sequence[Path],
+    out: Path,
+    paper: Mapping[Path, str] = MappingProxyType({}),
+    trained: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
+) -> str:
+    """Draw the learning curves of several runs into `out`; returns a table of exact results.
+
+    Args:
+      workdirs: the runs.
+      out: the figure; its suffix gives the format.
+      paper: what the paper reports for a run, as text.
+      trained: settings of a run, with dotted keys; a result that was found with another window,
+        `mem_len` or `clamp_len` than these says so.
+
+    Raises:
+      UserError: a workdir has no train_log.csv, a result file is malformed, or the figure cannot
+        be written.
+    """
+    table = [["run", "steps", "valid perplexity", "test perplexity", "paper (valid / test)"]]
+    for workdir in workdirs:
+        if not (workdir / LOG).is_file():
+            raise UserError(f"{workdir} has no {LOG}: --workdir must list runs that were trained.")
+        steps = max((int(row["step"]) for row in log_rows(workdir / LOG)), default=0)
+        settings = trained.get(workdir, {})
+        valid = _exact_perplexity(workdir / "valid_results.json", settings)
+        test = _exact_perplexity(workdir / "test_results.json", settings)
+        table.append([str(workdir), str(steps), valid, test, paper.get(workdir, "-")])
+    try:
+        draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
+    except OSError as error:
+        raise UserError(f"the figure {out} cannot be written: {error}.") from error
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )
+
+
+def _exact_perplexity(path: Path, trained: Mapping[str, Any]) -> str:
+    if not path.exists():
+        return "-"
+    result = read_json(path)
+    if not isinstance(result, dict) or not isinstance(result.get("perplexity"), int | float):
+        raise UserError(f"{path} has no number `perplexity`: write it again with --mode=valid.")
+    # What other protocols than the paper's have found is not to be mistaken for it.
+    notes = []
+    if result.get("stride") not in (None, 1):
+        notes.append(f"stride {result['stride']}")
+    if result.get("split_stream"):
+        notes.append("rows")
+    for name, setting in (
+        ("window", "train.tgt_len"),
+        ("mem_len", "model.mem_len"),
+        ("clamp_len", "model.clamp_len"),
+    ):
+        if name in result and result[name] != trained.get(setting, result[name]):
+            notes.append(f"{name} {result[name]}")
+    return f"{result['perplexity']:.3f}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def paper_result(settings: Mapping[str, Any], published: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the paper reports for a run's model, text and context, where that is certain; else `-`.
+
+    Args:
+      settings: the run's, with dotted keys.
+      published: by what is reported ("34.1 / 35.2"), the settings it is reported of.
+    """
+    for result, theirs in published.items():
+        deciding = {k: v for k, v in theirs.items() if k.startswith(DECIDING)}
+        deciding.pop("model.dtype", None)
+        if all(name in settings and settings[name] == v for name, v in deciding.items()):
+            return result
+    return "-"

@@ -1,0 +1,217 @@
+"""All that a training loop talks to: the terminal, and every sink.
+
+A report that cannot be written, because the disk is full, costs a warning and never the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from clu import parameter_overview
+
+from fwm.reporting.figures import draw_learning_curves
+from fwm.reporting.sinks import LOG, CsvLog, Row, Sink, TensorBoard, WandB
+
+CURVE = "learning_curve.png"
+REDRAW_SECONDS = 0.2  # between two states of the live line
+ERASE = "\r\x1b[K"
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+class Reporter:
+    """Everything that one training run tells; only the first process should be `active`.
+
+    Args:
+      workdir: where the files go.
+      config: all settings, nested dicts of plain values.
+      total_steps: where training ends.
+      start_step: the step of the checkpoint that this run goes on from; later rows of
+        train_log.csv come from work that was lost, and are dropped.
+      use_wandb: log to Weights & Biases too, under `project_name` and `job_name`.
+      stream: text stream (None: standard output); each report is one plain line unless it is a
+        terminal.
+      active: False makes every method do nothing.
+
+    Raises:
+      UserError: `use_wandb` without the wandb package.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        config: Mapping[str, Any],
+        total_steps: int,
+        start_step: int,
+        use_wandb: bool = False,
+        project_name: str = "",
+        job_name: str = "",
+        stream: Any = None,
+        active: bool = True,
+    ) -> None:
+        self._active = active
+        if not active:
+            return
+        self._workdir = workdir
+        self._stream = sys.stdout if stream is None else stream
+        self._live = self._stream.isatty()
+        self._progress = ""
+        self._drawn = -math.inf
+        self._total_steps = total_steps
+        self._started = time.monotonic()
+        self._warned: set[str] = set()
+        self._sinks: list[Sink] = [CsvLog(workdir, start_step), TensorBoard(workdir, start_step)]
+        if use_wandb:
+            self._sinks.append(WandB(workdir, start_step, project_name, job_name, self.message))
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._to_sinks(lambda sink: sink.begin(config))
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def train(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        *,
+        tokens_per_second: float,
+        seconds_left: float | None,
+    ) -> None:
+        """Report a training step: `scalars` has `loss`, and learning_rate, grad_norm, ..."""
+        if not self._active:
+            return
+        values = {"perplexity": _perplexity(scalars["loss"]), **scalars}
+        values["tokens_per_second"] = tokens_per_second
+        self._show_progress(step, scalars["loss"], tokens_per_second, seconds_left)
+        memory = jax.local_devices()[0].memory_stats()
+        if memory is not None:  # CPU has none.
+            values["device_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+        self._record(step, "train", values, time.monotonic() - self._started)
+
+    def progress(
+        self, step: int, loss: float, *, tokens_per_second: float, seconds_left: float | None
+    ) -> None:
+        """Move a terminal's live line on, between two reports; elsewhere nothing."""
+        if self._active and self._live and time.monotonic() - self._drawn > REDRAW_SECONDS:
+            self._show_progress(step, loss, tokens_per_second, seconds_left)
+
+    def valid(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
+        """Report a validation, which took `seconds`, and redraw the learning curve.
+
+        `scalars` has `loss`, and what else the task measures.
+        """
+        if not self._active:
+            return
+        values = {"perplexity": _perplexity(scalars["loss"]), **scalars}
+        others = "".join(f"{k} {v:.4f}  " for k, v in scalars.items() if k != "loss")
+        line = (
+            f">>> validation at step {step}: loss {values['loss']:.4f}  "
+            f"perplexity {_short(values['perplexity'])}  {others}({seconds:.1f} s)"
+        )
+        self.message(f"\x1b[1m{line}\x1b[0m" if self._live else line)
+        self._record(step, "valid", values, seconds)
+        with self._never_fatal(CURVE):
+            draw_learning_curves({"": self._workdir / LOG}, self._workdir / CURVE)
+
+    def message(self, text: str) -> None:
+        """Print lines of text without breaking the progress line."""
+        if self._active and self._progress:
+            self._print(f"{ERASE}{text}\n{self._progress}")
+        elif self._active:
+            self._print(f"{text}\n")
+
+    def close(self) -> None:
+        """Erase the progress line; close every sink."""
+        if not self._active:
+            return
+        if self._progress:
+            # What comes now says where the run stands.
+            self._print(ERASE)
+            self._progress = ""
+        self._to_sinks(lambda sink: sink.close())
+        self._active = False
+
+    def _show_progress(
+        self, step: int, loss: float, tokens_per_second: float, seconds_left: float | None
+    ) -> None:
+        line = (
+            f"step {step}/{self._total_steps}  loss {loss:.4f}  "
+            f"perplexity {_short(_perplexity(loss))}"
+        )
+        if tokens_per_second:  # Unknown after the first step, which compiles.
+            line += f"  {tokens_per_second:,.0f} tokens/s"
+        if seconds_left is not None:
+            line += f"  {_duration(seconds_left)} left"
+        erase = ERASE if self._live else ""
+        if self._live and step < self._total_steps:
+            # A line that wraps could not be overwritten.
+            self._progress = line[: shutil.get_terminal_size().columns - 1]
+            self._print(erase + self._progress)
+        else:
+            self._progress = ""
+            self._print(f"{erase}{line}\n")
+        self._drawn = time.monotonic()
+
+    def _print(self, text: str) -> None:
+        """To the terminal, which may be a pipe that nobody reads or a file on a full disk."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            if "terminal" not in self._warned:
+                self._warned.add("terminal")
+                with contextlib.suppress(OSError):
+                    line = f"Warning: nothing more can be printed ({error}); training goes on."
+                    print(line, file=sys.stderr, flush=True)
+
+    def _record(self, step: int, split: str, values: Mapping[str, float], seconds: float) -> None:
+        row = Row(step, split, {name: float(value) for name, value in values.items()}, seconds)
+        self._to_sinks(lambda sink: sink.write(row))
+
+    def _to_sinks(self, action: Callable[[Sink], None]) -> None:
+        for sink in self._sinks:
+            with self._never_fatal(sink.name, sink.failures, sink.recover):
+                action(sink)
+
+    @contextlib.contextmanager
+    def _never_fatal(
+        self,
+        name: str,
+        failures: tuple[type[Exception], ...] = (OSError,),
+        recover: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
+        try:
+            yield
+        except failures as error:
+            recover()
+            if name not in self._warned:
+                self.message(f"Warning: {name} could not be written ({error}); training goes on.")
+            self._warned.add(name)
+
+
+def parameter_table(params: Any) -> str:
+    """Name, shape and size of every parameter, and their total."""
+    return parameter_overview.get_parameter_overview(params, include_stats=False)

@@ -1,0 +1,90 @@
+"""The contract of a task: its vocabulary, its batches with a mask, its score."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from fwm.data import Vocabulary
+from fwm.errors import UserError
+from fwm.model import LanguageModel
+from fwm.step import Batch, masked_sums, restart
+
+
+class Task:
+    """What a model is trained on, opened from all settings.
+
+    Args:
+        config: all settings.
+        splits: those that are needed, of train, valid, test.
+        vocab: of a trained model, to be used instead of the task's own.
+
+    Raises:
+        UserError: the task cannot be opened so.
+
+    Attributes:
+        vocab: the symbols that tokens and targets stand for.
+        unit: what a symbol is: word, character, ...
+        warnings: sentences for the user.
+        size: training tokens there are; 0: they never end.
+        writes: whether what a model goes on to say has a meaning (`--mode=generate`).
+    """
+
+    vocab: Vocabulary
+    unit: str = "symbol"
+    warnings: tuple[str, ...] = ()
+    size: int = 0
+    writes: bool = False
+
+    def __init__(self, config: Any, splits: Sequence[str], vocab: Vocabulary | None = None):
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """One line that says what there is to learn from."""
+        raise NotImplementedError
+
+    def identity(self) -> Any:
+        """What must be the same in all processes of a run, as JSON."""
+        return self.vocab.text()
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        """These rows of the training batch of a step, a pure function of (settings, step)."""
+        raise NotImplementedError
+
+    def batches(self, split: str, rows: slice) -> Iterator[Batch]:
+        """These rows of the batches of a split, for the quick validation; all have one shape.
+
+        Where a memory is carried, a batch continues the one before, but for `first` rows.
+        """
+        raise NotImplementedError
+
+    def measures(self, nll: Float[Array, "B T"], batch: Batch) -> dict[str, Float[Array, "B T"]]:
+        """What else than the nll is to be averaged over the targets that count, by name."""
+        return {}
+
+    def score(
+        self, model: LanguageModel, variables: Any, batch: Batch, memory: Any
+    ) -> tuple[dict[str, Float[Array, ""]], Any]:
+        """Sums over the targets that count: `nll`, `count`, the measures; and the next memory."""
+        memory = restart(memory, batch.first)
+        nll, new = model.apply(variables, batch.tokens, batch.targets, memory)
+        sums = masked_sums(batch, nll=nll, **self.measures(nll, batch))
+        return sums, None if memory is None else new
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What sums of `score` over many batches say: `loss` in nats per target, the measures.
+
+        Raises:
+            UserError: no target has counted.
+        """
+        count = sums["count"]
+        if not count:
+            raise UserError(
+                "no target of these batches counts: their masks must be True somewhere."
+            )
+        means = {name: sums[name] / count for name in sums if name not in ("nll", "count")}
+        return {"loss": sums["nll"] / count} | means
+
+    def protocol(self, config: Any, model: LanguageModel, variables: Any, split: str) -> Any:
+        """How a trained model is scored exactly: a value of `fwm.score`."""
+        raise NotImplementedError

@@ -1,0 +1,80 @@
+"""Language modelling: the next token of a text, in consecutive segments."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwm import data
+from fwm.model import LanguageModel
+from fwm.score import CarryOver, SlidingWindow
+from fwm.step import Batch
+from fwm.tasks.task import Task
+
+UNITS = {"word": "words", "character": "characters"}
+
+
+class Text(Task):
+    """A corpus (`config.data`); every target counts."""
+
+    writes = True
+
+    def __init__(self, config: Any, splits: Sequence[str], vocab: data.Vocabulary | None = None):
+        self._train, self._seed = config.train, config.seed
+        self.corpus = data.load(
+            config.data.name,
+            dir=config.data.dir,
+            cache_dir=config.data.cache_dir,
+            vocab=vocab,
+            splits=splits,
+            download=config.data.download,
+        )
+        self.vocab, self.unit = self.corpus.vocab, self.corpus.unit
+        self.warnings = self.corpus.warnings
+        self.size = len(self.corpus.streams["train"]) if "train" in splits else 0
+
+    def summary(self) -> str:
+        """Name, lengths and vocabulary of the text."""
+        return (
+            f"Data: {self.corpus.name}, {self.size:,} training tokens, "
+            f"{len(self.corpus.streams['valid']):,} validation tokens, "
+            f"{len(self.vocab):,} {UNITS[self.unit]}."
+        )
+
+    def identity(self) -> Any:
+        """The streams of one text lie under one name everywhere."""
+        streams: Any = self.corpus.streams.values()
+        return [[Path(stream.filename).parent.name for stream in streams], self.vocab.text()]
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        """Consecutive segments of equal rows; `first` where an epoch begins."""
+        t = self._train
+        numbers = np.arange(t.batch_size, dtype=np.int32)[rows]
+        tokens, targets, first = self.corpus.train_batch(
+            step, t.batch_size, t.tgt_len, self._seed, rows
+        )
+        return Batch(tokens, targets, np.full(len(numbers), first), numbers)
+
+    def batches(self, split: str, rows: slice) -> Iterator[Batch]:
+        """Consecutive segments of a split in `eval_batch_size` rows.
+
+        Quick, and approximate: unlike in a sliding window, the first tokens of a segment see less
+        context than a window would show them, and rows begin in the middle of the text.
+        """
+        n_row, stream = self._train.eval_batch_size, self.corpus.streams[split]
+        numbers = np.arange(n_row, dtype=np.int32)[rows]
+        first = np.ones(len(numbers), bool)
+        for tokens, targets, mask in data.eval_segments(stream, n_row, self._train.tgt_len, rows):
+            yield Batch(tokens, targets, first, numbers, mask)
+            first = np.zeros(len(numbers), bool)
+
+    def protocol(self, config: Any, model: LanguageModel, variables: Any, split: str) -> Any:
+        """A window that slides along, or segment after segment where a memory is carried."""
+        c, e, stream = config, config.eval, self.corpus.streams[split]
+        length = e.tgt_len or c.train.tgt_len
+        if model.config.carries(c.train.carry_over_fast_weight):
+            return CarryOver(model, variables, stream, length, e.batch_size, e.split_stream)
+        return SlidingWindow(
+            model, variables, stream, length, e.batch_size, e.stride, e.split_stream
+        )

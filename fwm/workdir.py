@@ -1,0 +1,181 @@
+"""A run's folder: claim it for a training, open what was trained in it.
+
+Needs nothing but the installed package: no config file, and none is ever executed because a run
+names it.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from fwm import registry
+from fwm.checkpoint import Checkpoints, Which
+from fwm.config import build_config, defaults
+from fwm.data import Vocabulary
+from fwm.errors import UserError
+from fwm.files import flatten, read_json, write_json
+from fwm.model import LanguageModel
+
+# What may differ when a run is resumed: where things are, what is reported, and what another
+# machine may need; none of it changes what the run is about.
+FREE_FIELDS = (
+    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.", "model.dtype",
+    "train.batch_chunk", "train.eval_batch_size", "train.nan_policy", "train.profile_steps",
+    "registered_in",
+)  # fmt: skip
+# What an evaluation may change; everything else is the run's own.
+EVALUATION_FIELDS = ("data.", "eval.", "generate.", "report.", "model.dtype")
+# Keys that earlier versions had, with the value that they must have had.
+GONE: Mapping[str, Any] = {}
+
+
+def check_holds_run(workdir: Path) -> None:
+    """Raise `UserError` unless a run was trained in `workdir`."""
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give the --workdir of a trained one."
+        )
+
+
+def saved_config(workdir: Path) -> dict[str, Any]:
+    """The settings of the run in `workdir`, with dotted keys.
+
+    A key that its version did not have yet has its default, which means "as before".
+
+    Raises:
+        UserError: there are none, the file is damaged, or it has keys that are not known here.
+    """
+    path = workdir / "config.json"
+    saved = read_json(path)
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is damaged: expected groups of settings.")
+    saved, known = flatten(saved), flatten(defaults().to_dict())
+    unknown = sorted(
+        key for key in saved.keys() - known if key not in GONE or saved[key] != GONE[key]
+    )
+    if unknown and saved.get("registered_in"):
+        raise UserError(
+            f"{path} has settings that are not known here ({', '.join(unknown)}): give "
+            f"--config={saved['registered_in']}, the file that the run was trained with."
+        )
+    if unknown:
+        raise UserError(
+            f"{path} is of another version of fwm: its settings {', '.join(unknown)} are not known "
+            "here; evaluate it with the version that trained it."
+        )
+    return known | {key: value for key, value in saved.items() if key in known}
+
+
+def claim_workdir(workdir: Path, config: Any, vocab: Vocabulary, resume: bool) -> None:
+    """Write config.json and vocab.txt into a workdir; if a run is resumed, refuse a different one.
+
+    Raises:
+        UserError: the workdir holds a run with other settings (each is listed) or another text.
+    """
+    path = workdir / "config.json"
+    new = config.copy_and_resolve_references().to_dict()
+    if resume:
+        then, now = saved_config(workdir), flatten(new)
+        differing = [
+            f"{key} was {then.get(key)!r} and is now {now.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
+        ]
+        if differing:
+            raise UserError(
+                f"{workdir} holds a run with other settings: {'; '.join(differing)}; "
+                "use the same settings to resume it, or another --workdir."
+            )
+        old = Vocabulary.load(workdir / "vocab.txt")
+        if old.symbols != vocab.symbols:
+            raise UserError(
+                f"{workdir} holds a run on another text: its vocabulary has {len(old)} entries, "
+                f"this one {len(vocab)}; give the same text or another --workdir."
+            )
+    vocab.save(workdir / "vocab.txt")
+    write_json(path, new)
+
+
+def config_of_run(workdir: Path, overrides: Mapping[str, Any]) -> ConfigDict:
+    """The config that a run was trained with, and what the command line changes of it.
+
+    Raises:
+        UserError: no run there, a config of another version, names that only the config file it
+            was trained with registers, or a change that evaluation cannot make.
+    """
+    check_holds_run(workdir)
+    for name in overrides:
+        if not name.startswith(EVALUATION_FIELDS):
+            raise UserError(
+                f"--config.{name} belongs to the training of {workdir} and cannot be changed for "
+                f"an evaluation, which may change {', '.join(EVALUATION_FIELDS)}."
+            )
+    saved, config = saved_config(workdir), defaults()
+    missing = registry.missing(saved)
+    if missing and saved["registered_in"]:
+        raise UserError(
+            f"{workdir} was trained with {saved['registered_in']}, which registers "
+            f"{', '.join(missing)}: give --config={saved['registered_in']} too."
+        )
+    try:
+        config.update_from_flattened_dict(saved)
+    except TypeError as error:
+        raise UserError(f"{workdir}/config.json is damaged: {error}; restore it.") from error
+    config.update_from_flattened_dict(overrides)
+    return config.lock()
+
+
+def restore(
+    workdir: Path, which: str, report: Callable[[str], None] = print
+) -> tuple[int, dict[str, Any]]:
+    """A checkpoint's step and the model's variables; `which`: best, latest, or a step's number.
+
+    Raises:
+        UserError: no such checkpoint, or none that is sound.
+    """
+    wanted: Any = int(which) if which.isdecimal() else which
+    with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
+        step, saved = checkpoints.restore_subtree(("params", "favor"), wanted)
+    return step, {"params": saved["params"], **(saved["favor"] or {})}
+
+
+class OpenedRun(NamedTuple):
+    """What a trained run consists of.
+
+    Fields:
+        config: all its settings.
+        vocab: its symbols.
+        model: as it was trained.
+        variables: its parameters and projections, on the device.
+        step: of the checkpoint they are from.
+    """
+
+    config: ConfigDict
+    vocab: Vocabulary
+    model: LanguageModel
+    variables: Any
+    step: int
+
+
+def open(path: str | Path, which: Which = "best") -> OpenedRun:
+    """Open what was trained in a workdir.
+
+        run = fwm.workdir.open("runs/a")
+        nll, memory = run.model.apply(run.variables, tokens, targets)
+
+    Args:
+        path: the workdir.
+        which: checkpoint: best, latest, or a step.
+
+    Raises:
+        UserError: as `config_of_run` and `restore`.
+    """
+    workdir = Path(path)
+    config = config_of_run(workdir, {})
+    vocab = Vocabulary.load(workdir / "vocab.txt")
+    model = LanguageModel(build_config(config.model.to_dict(), len(vocab)))
+    step, variables = restore(workdir, str(which))
+    return OpenedRun(config, vocab, model, jax.device_put(variables), step)
