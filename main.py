@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import default, linear_delta
 from fwm import evaluate, generate, parallel, registry, reporting, retrieval, train
+from fwm.config import build_config
 from fwm.errors import UserError
 from fwm.files import flatten
 from fwm.workdir import check_holds_run, config_of_run, saved_config
@@ -56,13 +57,11 @@ def job_name(config: ConfigDict) -> str:
 def _describe(config: ConfigDict) -> str:
     m, t = config.model, config.train
     learned = config.data.name.replace(":", "-") if config.task == "text" else config.task
-    parts = [learned, m.mixer]
-    if m.mixer == "fast_weight":
-        parts = [parts[0], m.feature_map, m.update_rule, m.attn_normalization]
-        parts += {"dpfp": [f"nu{m.dpfp_n_roll}"], "favor": [f"m{m.performer_proj_dim}"]}.get(
-            m.feature_map, []
-        )
-    parts += ["nopos"] * m.no_pos + ["carry"] * t.carry_over_fast_weight
+    mixer = build_config(m.to_dict(), n_token=2**31 - 1).make_mixer()  # of any vocabulary
+    parts = [learned, *mixer.name_parts(m.mixer)]
+    parts += (
+        [m.norm] * (m.norm != "post") + ["nopos"] * m.no_pos + ["carry"] * t.carry_over_fast_weight
+    )
     parts += [f"mem{m.mem_len}"] * bool(m.mem_len)
     parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]
     parts += [f"len{t.tgt_len}", f"bs{t.batch_size}", f"lr{t.lr:g}", f"steps{t.max_step}"]

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from fwm.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from fwm.layers.vocabulary import AdaptiveEmbedding, AdaptiveSoftmax
 
 N_TOKEN, CUTOFFS, D = 267735, (20000, 40000, 200000), 128
 

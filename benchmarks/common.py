@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwm.model import ModelConfig
+from fwm.config import ModelConfig
 
 
 def device_name() -> str:
@@ -80,26 +80,13 @@ def flops_per_token(
 ) -> float:
     """FLOPs of one token's forward pass in a segment of `length`, a multiply-add counted as two.
 
-    Per layer: projections 2 D N P and 2 N H D, feed-forward 4 D F, and the mixer by its least
-    arithmetic: sum rule 4 K V a head, delta rule 6 K V, causal softmax 2 H T. The softmax of the
-    words: 2 D (head words + clusters), and for the share of tokens in a tail cluster 2 D times its
-    words; `scored` is the share of positions that go through it. Element-wise work is not counted.
-    Training is three times as much.
+    Per layer: the mixer's own count (`Mixer.flops`) and the feed-forward part, 4 D F. The softmax
+    of the words: 2 D (head words + clusters), and for the share of tokens in a tail cluster 2 D
+    times its words; `scored` is the share of positions that go through it. Element-wise work is
+    not counted. Training is three times as much.
     """
     c = config
-    context = length + c.mem_len
-    if c.mixer == "fast_weight":
-        rank = {"sum": 4, "delta": 6}[c.update_rule]
-        outputs = 3 * c.d_head + (c.update_rule == "delta")
-        mixer = rank * c.n_head * c.n_feature * c.d_head
-    else:
-        outputs = 3 * c.d_head
-        mixer = 4 * c.n_head * c.d_head * (c.mem_len + length / 2)
-        if c.mixer == "transformer_xl":  # keys, values and positions of the memory too, r . q
-            mixer = 1.5 * mixer + 2 * c.d_model * c.n_head * 3 * c.d_head * c.mem_len / length
-            mixer += 2 * c.d_model * c.n_head * c.d_head * context / length
-    layer = 2 * c.d_model * c.n_head * outputs + mixer
-    layer += 2 * c.n_head * c.d_head * c.d_model + 4 * c.d_model * c.d_inner
+    layer = c.make_mixer().flops(c.d_model, length) + 4 * c.d_model * c.d_inner
     bounds = (0, *c.cutoffs, c.n_token)
     sizes = [high - low for low, high in itertools.pairwise(bounds)]
     words = sizes[0] + len(c.cutoffs)

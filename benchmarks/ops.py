@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import matplotlib
 
 from benchmarks import common
-from fwm.ops import delta_rule, fast_weights, recurrent, sum_rule
+from fwm.ops import delta_rule, inverse, recurrent, rules, sum_rule
 from fwm.ops.softmax import causal_attention
 
 matplotlib.use("Agg")
@@ -142,8 +142,8 @@ def measure(name, shape, peak, rounds):
         forward[form], both[form] = fla_functions(name, halves, dout_half)
         memory[form] = None
     forward, both = medians(forward, rounds), medians(both, rounds)
-    # The arithmetic of the definition: 2 or 3 products of K V per token, twice that backward.
-    flops = 2 * (3 if name == "delta" else 2) * 3 * n_batch * length * n_head * n_key * n_value
+    # The arithmetic of the definition, and twice that backward.
+    flops = rules.UPDATE_RULES[name].flops * 3 * n_batch * length * n_head * n_key * n_value
     return [
         {
             "rule": name,
@@ -199,14 +199,14 @@ def measure_inverse(shape, size, rounds):
 
     @jax.jit
     def matmuls(k, m, v, s):
-        scores = fast_weights._matmul_t(k + 1, k), fast_weights._matmul_t(k, k)
-        reads = fast_weights._matmul_t(m, k), fast_weights._matmul_t(m, k + 1)
-        written = fast_weights._matmul_t(v, s), fast_weights._matmul_t(v + 1, s)
-        return scores, reads, written, fast_weights._matmul(v, k)
+        scores = rules._matmul_t(k + 1, k), rules._matmul_t(k, k)
+        reads = rules._matmul_t(m, k), rules._matmul_t(m, k + 1)
+        written = rules._matmul_t(v, s), rules._matmul_t(v + 1, s)
+        return scores, reads, written, rules._matmul(v, k)
 
-    inverse = jax.jit(fast_weights._unit_inverse)
+    invert = jax.jit(inverse.unit_inverse)
     functions = {
-        "inverse": lambda: jax.block_until_ready(inverse(s)),
+        "inverse": lambda: jax.block_until_ready(invert(s)),
         "matmuls": lambda: jax.block_until_ready(matmuls(k, m, v, s)),
     }
     times = medians(functions, 5 * rounds)

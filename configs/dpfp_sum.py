@@ -11,7 +11,7 @@ from configs import default
 
 
 def get_config(options: str = "") -> ConfigDict:
-    """`options`: a preset (tiny, small, medium), then options; see configs/default.py."""
+    """`options`: a preset (tiny, small, medium), then options; see fwm/config.py."""
     return default.build(
         options,
         mixer="fast_weight",

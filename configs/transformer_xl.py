@@ -9,7 +9,14 @@ from ml_collections import ConfigDict
 
 from configs import default
 
+# It remembers one segment.
+PRESETS = {
+    "tiny": {"model": {"mem_len": 64}},
+    "small": {"model": {"mem_len": 256}},
+    "medium": {"model": {"mem_len": 384}, "train": {"max_step": 200_000, "warmup_step": 1000}},
+}
+
 
 def get_config(options: str = "") -> ConfigDict:
-    """`options`: a preset (tiny, small, medium), then options; see configs/default.py."""
-    return default.build(options, mixer="transformer_xl")
+    """`options`: a preset (tiny, small, medium), then options; see fwm/config.py."""
+    return default.build(options, presets=PRESETS, mixer="transformer_xl")

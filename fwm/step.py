@@ -15,8 +15,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from fwm import parallel
-from fwm.layers import Dropout
 from fwm.model import LanguageModel, empty_memory, redraw_projections
+from fwm.ops.dropout import Dropout
 from fwm.optimizer import Schedule
 
 

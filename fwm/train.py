@@ -177,6 +177,9 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
                 claim_workdir(workdir, config, task.vocab, resume)
         checkpoints = held.enter_context(Checkpoints(workdir / "checkpoints", told))
         carries = model.config.carries(t.carry_over_fast_weight)
+        empty = jax.eval_shape(functools.partial(empty_memory, model.config, t.batch_size))
+        # A Transformer-XL of mem_len 0 carries on, but nothing that could be kept.
+        carries = carries and all(leaf.size for leaf in jax.tree.leaves(empty))
         init = functools.partial(
             init_state, model, optimizer, c.seed, t.batch_size if carries else 0
         )
@@ -238,8 +241,6 @@ def _compose(config: Any) -> tuple[Task, LanguageModel, optax.GradientTransforma
     # Both refuse what does not fit.
     task.batch(0, parallel.rows(t.batch_size))
     model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
-    if t.carry_over_fast_weight and model.config.carries(True) == model.config.carries(False):
-        raise UserError(f"carry_over_fast_weight has no meaning for {c.model.mixer}.")
     return task, model, adam(schedule, t.clip), schedule
 
 

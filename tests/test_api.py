@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("module", ["fwm.ops", "fwm.layers"])
+@pytest.mark.parametrize("module", ["fwm.ops", "fwm.layers.fast_weight"])
 def test_examples(module):
     failed, attempted = doctest.testmod(importlib.import_module(module))
     assert failed == 0
@@ -24,7 +24,7 @@ def test_examples(module):
 # Of fwm as installed, outside the checkout: modules and the failures of their examples.
 INSTALLED = """
 import doctest, importlib, importlib.util
-for name in ("fwm.ops", "fwm.layers"):
+for name in ("fwm.ops", "fwm.layers.fast_weight"):
     module = importlib.import_module(name)
     print(module.__file__, *doctest.testmod(module))
 print(importlib.util.find_spec("configs"), importlib.util.find_spec("main"))
@@ -60,6 +60,6 @@ def test_the_installed_package(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *examples, others = done.stdout.splitlines()
-    for line, name in zip(examples, ("ops/__init__.py", "layers.py"), strict=True):
+    for line, name in zip(examples, ("ops/__init__.py", "layers/fast_weight.py"), strict=True):
         assert line.startswith(f"{tmp_path / 'site' / 'fwm' / name} 0 ")
     assert others == "None None"

@@ -117,9 +117,21 @@ def test_what_is_refused(variant, options, message):
 @pytest.mark.parametrize(
     ("variant", "option", "message"),
     [
-        ("dpfp_sum", "attn_normalization=output_and_key", "the sum rule removes nothing"),
-        ("dpfp_delta", "dropatt=0.1", "dropatt has no meaning for a fast weight memory"),
-        ("dpfp_delta", "mem_len=5", "mem_len is the memory of transformer_xl"),
+        (
+            "dpfp_sum",
+            "attn_normalization=output_and_key",
+            "update_rule sum has none: use output",
+        ),
+        (
+            "dpfp_delta",
+            "dropatt=0.1",
+            "no meaning for fast_weight, it is a key of softmax",
+        ),
+        (
+            "dpfp_delta",
+            "mem_len=5",
+            "no meaning for fast_weight, it is a key of trans",
+        ),
         ("transformer_xl", "no_pos=True", "no_pos has no meaning for transformer_xl"),
         ("dpfp_delta", "feature_map=exp", "'exp': expected one of elu, favor, dpfp"),
         ("dpfp_delta", "update_rule=hebb", "'hebb': expected one of sum, delta"),
@@ -127,10 +139,13 @@ def test_what_is_refused(variant, options, message):
         ("dpfp_delta", "mixer=lstm", "'lstm': expected one of fast_weight, softmax, transformer_"),
         ("dpfp_delta", "dtype=float16", "'float16': expected one of float32, bfloat16"),
         ("dpfp_delta", "d_model=15", "d_model must be even"),
+        ("performer_sum", "performer_proj_dim=0", "performer_proj_dim must be at least 1, got 0"),
+        ("dpfp_delta", "norm=rms", "'rms': expected one of post, pre, pre_lnorm"),
+        ("dpfp_delta", "key_norm=max", "'max': expected one of none, sum, l2"),
         ("dpfp_delta", "n_layer=0", "n_layer must be at least 1, got 0"),
         ("dpfp_delta", "dropout=1.0", "dropout must be at least 0 and below 1, got 1.0"),
         ("dpfp_delta", "dropout=-0.1", "dropout must be at least 0 and below 1"),
-        ("transformer", "same_length=True", "same_length needs transformer_xl"),
+        ("transformer", "same_length=True", "same_length has no meaning for softmax"),
     ],
 )
 def test_what_the_model_refuses(variant, option, message):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_evaluate import STREAM, WINDOW, make
+from test_score import STREAM, WINDOW, make
 
 from fwm import evaluate, generate
 from fwm.data import Vocabulary

@@ -91,5 +91,5 @@ def test_segments(name):
 
 
 def test_every_golden_file_is_there():
-    assert len(MANIFEST["files"]) == 85
+    assert len(MANIFEST["files"]) == 87
     assert all((GOLDEN / f["file"]).exists() for f in MANIFEST["files"])

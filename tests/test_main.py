@@ -25,6 +25,7 @@ from fwm.checkpoint import Checkpoints
 from fwm.data import Vocabulary
 from fwm.files import flatten
 from fwm.model import LanguageModel
+from fwm.score import CarryOver, SlidingWindow
 
 
 @pytest.fixture(scope="module")
@@ -302,15 +303,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_total(trained, tmp_path, 
     expected = json.loads((workdir / "valid_results.json").read_text())
     (workdir / "valid_results.json").unlink()
 
-    name = "_carry" if carry else "_slide"
-    parts = getattr(evaluation, name)
+    protocol = CarryOver if carry else SlidingWindow
+    parts = protocol.partials
 
-    def interrupted(*given, **options):
-        yield from itertools.islice(parts(*given, **options), 3)
+    def interrupted(*given):
+        yield from itertools.islice(parts(*given), 3)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, name, interrupted)
+        patch.setattr(protocol, "partials", interrupted)
         status, out, _ = evaluate(*arguments)
     assert status == 130
     assert "PARTIAL perplexity" in out
@@ -325,7 +326,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_total(trained, tmp_path, 
     assert not list(workdir.glob("*partial*"))
     # Other settings start from the beginning.
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, name, interrupted)
+        patch.setattr(protocol, "partials", interrupted)
         evaluate(*arguments)
     assert "going on" not in evaluate(*arguments[:-1], "--config.eval.tgt_len=5")[1]
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fwm import layers
-from fwm.layers import Dropout
 from fwm.model import LanguageModel, build_config, empty_memory, redraw_projections
+from fwm.ops.dropout import Dropout
 
 B, T, SPLIT, N_TOKEN = 2, 11, 7, 40
 VARIANTS = {
@@ -136,32 +135,6 @@ def test_dropout_of_a_row_depends_on_its_place_alone(variant):
     assert np.all(whole[:B] != whole[B:])  # the same text in other rows
     part = nll(tokens[B - 1 : B + 1], targets[B - 1 : B + 1], 0, rows[B - 1 : B + 1])
     np.testing.assert_allclose(part, whole[B - 1 : B + 1], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_rate_and_scale(rate):
-    x = jnp.ones((4, 50, 101))
-    source = Dropout(jax.random.key(3), jnp.arange(4))
-    y = np.asarray(layers.dropout(x, source, 0, rate))
-    scale = 2**16 / round((1 - rate) * 2**16)
-    assert set(np.unique(y)) == {0.0, np.float32(scale)}
-    assert scale == pytest.approx(1 / (1 - rate), rel=1e-4)
-    for row in y:  # within five standard deviations
-        assert np.mean(row == 0) == pytest.approx(
-            rate, abs=5 * (rate * (1 - rate) / row.size) ** 0.5
-        )
-    other_site = np.asarray(layers.dropout(x, source, 1, rate))
-    masks = np.concatenate([y, other_site]).reshape(8, -1) != 0
-    correlations = np.corrcoef(masks) - np.eye(8)
-    assert np.max(np.abs(correlations)) < 5 / masks.shape[1] ** 0.5
-    # Neighbours come from one random word.
-    assert abs(np.corrcoef(masks[:, :-1].ravel(), masks[:, 1:].ravel())[0, 1]) < 0.03
-
-
-def test_no_dropout_is_the_identity():
-    x = jnp.ones((2, 3))
-    assert layers.dropout(x, None, 0, 0.5) is x
-    assert layers.dropout(x, Dropout(jax.random.key(0), jnp.arange(2)), 0, 0.0) is x
 
 
 def test_redrawn_projections_fit_and_change():

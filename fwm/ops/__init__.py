@@ -12,28 +12,47 @@
 """
 
 from fwm.ops import recurrent
+from fwm.ops.chunks import Chunked
 from fwm.ops.fast_weights import (
     ATTN_NORMALIZATIONS,
-    UPDATE_RULES,
     FastWeightState,
-    delta_rule,
+    check_composition,
     fast_weight_attention,
-    sum_rule,
 )
-from fwm.ops.feature_maps import dpfp, elu_plus_one, favor, favor_projection, sum_normalize
+from fwm.ops.feature_maps import (
+    FEATURE_MAPS,
+    KEY_NORMS,
+    FeatureMap,
+    dpfp,
+    elu_plus_one,
+    favor,
+    favor_projection,
+    l2_normalize,
+    sum_normalize,
+)
 from fwm.ops.read_out import bounded_delta_rule, read_weights
+from fwm.ops.recurrent import Input, Rule
+from fwm.ops.rules import UPDATE_RULES, delta_rule, sum_rule
 
 __all__ = [
     "ATTN_NORMALIZATIONS",
+    "FEATURE_MAPS",
+    "KEY_NORMS",
     "UPDATE_RULES",
+    "Chunked",
     "FastWeightState",
+    "FeatureMap",
+    "Input",
+    "Rule",
     "bounded_delta_rule",
+    "check_composition",
     "delta_rule",
     "dpfp",
     "elu_plus_one",
     "fast_weight_attention",
     "favor",
     "favor_projection",
+    "l2_normalize",
     "read_weights",
     "recurrent",
     "sum_normalize",

@@ -1,10 +1,19 @@
-"""Feature maps: from head vectors to the features that address a fast weight memory."""
+"""Feature maps: from head vectors to the features that address a fast weight memory.
+
+A new map is one function and one entry of FEATURE_MAPS, here or in one's own config file.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from fwm.errors import UserError
+from fwm.registry import Table
 
 
 def elu_plus_one(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -75,3 +84,49 @@ def _sum_normalize_jvp(primals, tangents):
     total = jnp.sum(x, axis=-1, keepdims=True)
     change = dx - out * jnp.sum(dx, axis=-1, keepdims=True)
     return out, jnp.where(total == 0, 0, change / jnp.where(total == 0, 1, total))
+
+
+def l2_normalize(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+    """x / sqrt(sum x^2 + 1e-6) over the last axis (Yang et al. 2024, arXiv 2406.06484)."""
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+class FeatureMap(NamedTuple):
+    """A feature map as a value.
+
+    Fields:
+        of: options -> the function from x [..., H] and, by name, the arrays below to [..., K]. The
+            options are the fields of the layer that uses the map: `d_head`, which is H, and the
+            map's own. K is whatever the function gives.
+        parameters: arrays that learn, by name: (key, options) -> the first value.
+        draws: arrays that every training step draws anew: (key, options) -> a value.
+        label: options -> what a run's name says of the map's own settings.
+    """
+
+    of: Callable[[Any], Callable[..., Array]]
+    parameters: Mapping[str, Callable[[Any, Any], Array]] = MappingProxyType({})
+    draws: Mapping[str, Callable[[Any, Any], Array]] = MappingProxyType({})
+    label: Callable[[Any], str] = lambda options: ""
+
+
+FEATURE_MAPS: Table[FeatureMap] = Table("feature_map")
+FEATURE_MAPS["elu"] = FeatureMap(lambda options: elu_plus_one)
+FEATURE_MAPS["favor"] = FeatureMap(
+    lambda options: favor,
+    # One for all heads, queries and keys, as in the official toolkit.
+    draws={"projection": lambda key, o: favor_projection(key, o.d_head, o.performer_proj_dim)},
+    label=lambda options: f"m{options.performer_proj_dim}",
+)
+FEATURE_MAPS["dpfp"] = FeatureMap(
+    lambda options: partial(dpfp, n_roll=options.dpfp_n_roll),
+    label=lambda options: f"nu{options.dpfp_n_roll}",
+)
+FEATURE_MAPS["tanh"] = FeatureMap(lambda options: jnp.tanh)
+FEATURE_MAPS["silu"] = FeatureMap(lambda options: jax.nn.silu)
+FEATURE_MAPS["identity"] = FeatureMap(lambda options: lambda x: x)
+
+# What the features of q and k are divided by.
+KEY_NORMS: Table[Callable[[Array], Array]] = Table("key_norm")
+KEY_NORMS["none"] = lambda x: x
+KEY_NORMS["sum"] = sum_normalize
+KEY_NORMS["l2"] = l2_normalize

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from fwm.data import Vocabulary
 from fwm.errors import UserError
 from fwm.model import LanguageModel
+from fwm.score import Batches
 from fwm.step import Batch
 from fwm.tasks.task import Task
 
@@ -65,8 +66,6 @@ class Synthetic(Task):
 
     def protocol(self, config: Any, model: LanguageModel, variables: Any, split: str) -> Any:
         """The measures over all sequences of the split."""
-        from fwm.score import Batches
-
         return Batches(self, model, variables, split)
 
     def _batch(self, split: str, seed: int, number: int, n_row: int, rows: slice) -> Batch:

@@ -8,6 +8,7 @@ import numpy as np
 
 from fwm import data
 from fwm.model import LanguageModel
+from fwm.score import CarryOver, SlidingWindow
 from fwm.step import Batch
 from fwm.tasks.task import Task
 
@@ -70,8 +71,6 @@ class Text(Task):
 
     def protocol(self, config: Any, model: LanguageModel, variables: Any, split: str) -> Any:
         """A window that slides along, or segment after segment where a memory is carried."""
-        from fwm.score import CarryOver, SlidingWindow
-
         c, e, stream = config, config.eval, self.corpus.streams[split]
         length = e.tgt_len or c.train.tgt_len
         if model.config.carries(c.train.carry_over_fast_weight):

@@ -302,10 +302,10 @@ def test_features_inside_equal_features_outside(name, update_rule, attn_normaliz
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"update_rule": "hebb"}, "'hebb' is unknown; choose one of sum, delta"),
-        ({"attn_normalization": "l2"}, "choose one of none, output, output_and_key"),
-        ({"beta": None}, "the sum rule has no beta, and every other rule needs one"),
-        ({"update_rule": "sum"}, "the sum rule has no beta, and every other rule needs one"),
+        ({"update_rule": "hebb"}, "unknown update_rule 'hebb': expected one of sum, delta"),
+        ({"attn_normalization": "l2"}, "expected one of none, output, output_and_key"),
+        ({"beta": None}, "besides q, k and v, and was given"),
+        ({"update_rule": "sum"}, "besides q, k and v, and was given"),
         ({"update_rule": "sum", "beta": None, "attn_normalization": "output_and_key"}, "rescales"),
     ],
 )

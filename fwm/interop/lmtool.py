@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fwm.config import ModelConfig
 from fwm.errors import UserError
-from fwm.model import LanguageModel, ModelConfig, redraw_projections
+from fwm.model import LanguageModel, redraw_projections
 
 # attn_type: (mixer, feature map, update rule, attention normalisation unless skipped, scale_output)
 ATTN_TYPES = {
@@ -62,7 +63,6 @@ def config_from_lmtool(arguments: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"missing arguments of the official model: {', '.join(missing)}.")
     a = DEFAULTS | dict(arguments)
     for name, only, why in (
-        ("pre_lnorm", (False,), "no experiment of the paper uses it and fwm has post-norm only"),
         ("ext_len", (0,), "the extended context is no part of the paper"),
         ("sample_softmax", (-1, 0), "the sampled softmax is no part of the paper"),
         ("d_res", (None, a["d_model"]), "the residual stream has the width d_model"),
@@ -90,6 +90,7 @@ def config_from_lmtool(arguments: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         n_token=a["n_token"],
         mixer=mixer,
+        norm="pre_lnorm" if a["pre_lnorm"] else "post",
         feature_map=feature_map,
         update_rule=update_rule,
         attn_normalization=normalization,

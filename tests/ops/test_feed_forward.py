@@ -1,54 +1,30 @@
-"""What is written by hand in the layers: dropout's random bits, the feed-forward network."""
+"""The feed-forward network, its gradient by hand, against its definition."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.random import threefry_2x32
 
-from fwm import layers
 from fwm.layers import Dropout, FeedForward
+from fwm.layers.parts import INNER_SITE, OUTER_SITE
+from fwm.ops import feed_forward
+from fwm.ops.dropout import drop, keep_mask, keep_scale
 
 ROWS = Dropout(jax.random.key(5), jnp.arange(4))
 
 
-def test_random_words_are_those_of_jax():
-    key = jnp.array([1, 0xDEADBEEF], jnp.uint32)
-    low = jnp.arange(1000, dtype=jnp.uint32)
-    high = jnp.array([0, 77, 0xFFFFFFFF], jnp.uint32)
-    words = layers.threefry(key, high[:, None], low[None])
-    for i in range(3):
-        expected = threefry_2x32(key, jnp.concatenate([jnp.full(1000, high[i]), low]))
-        np.testing.assert_array_equal(jnp.concatenate([w[i] for w in words]), expected)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.4])
-def test_dropout_keeps_the_mean_in_every_row(rate):
-    x = jnp.ones((4, 300, 331))  # 99300 elements: not a multiple of four in every axis
-    out = layers.dropout(x, ROWS, 1, rate)
-    np.testing.assert_allclose(jnp.mean(out == 0, axis=(1, 2)), rate, atol=5e-3)
-    np.testing.assert_allclose(jnp.mean(out, axis=(1, 2)), 1.0, atol=1e-2)
-    masks = (out == 0).astype(jnp.float32).reshape(4, -1) - rate
-    correlation = masks @ masks.T / masks.shape[1] / (rate * (1 - rate))
-    np.testing.assert_allclose(correlation, np.eye(4), atol=2e-2)
-
-
-def test_dropout_masks_belong_to_the_row_of_the_global_batch_and_to_the_site():
-    x = jnp.ones((4, 5, 7))
-    whole = layers.dropout(x, ROWS, 1, 0.5)
-    half = layers.dropout(x[:2], Dropout(ROWS.key, jnp.array([2, 3])), 1, 0.5)
-    np.testing.assert_array_equal(whole[2:], half)
-    assert (layers.dropout(x, ROWS, 2, 0.5) != whole).any()
-
-
 def plain(params, x, source, rate):
-    """The feed-forward network as one writes it down, differentiated by jax."""
-    inner, outer = params["params"]["inner"], params["params"]["outer"]
-    y = nn.relu(x @ inner["kernel"] + inner["bias"][None, None])
-    y = layers.dropout(y, source, layers.INNER_SITE, rate)
-    out = y @ outer["kernel"] + outer["bias"][None, None]
-    return layers.dropout(out, source, layers.OUTER_SITE, rate)
+    """The definition, differentiated by jax."""
+    affine = [
+        params["params"][name][part] for name in ("inner", "outer") for part in ("kernel", "bias")
+    ]
+    keep = None
+    if source is not None:
+        shape = (*x.shape[:-1], affine[0].shape[1])
+        keep = keep_mask(source, INNER_SITE, rate, shape).reshape(-1, shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    out = feed_forward.definition(keep_scale(rate), rows, keep, *affine)
+    return drop(out.reshape(x.shape), source, OUTER_SITE, rate)
 
 
 @pytest.mark.parametrize(

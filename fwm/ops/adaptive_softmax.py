@@ -1,4 +1,4 @@
-"""Adaptive embedding and softmax (Grave et al. 2017; Baevski and Auli 2019; Dai et al. 2019).
+"""Adaptive softmax (Grave et al. 2017; Dai et al. 2019) on arrays, with its gradient by hand.
 
 The vocabulary, sorted by falling frequency, is cut into a head and tail clusters 1, 2, ...:
 
@@ -6,20 +6,17 @@ The vocabulary, sorted by falling frequency, is cut into a head and tail cluster
     log p(w) = log_softmax([head words, clusters])[-i] + log_softmax(cluster i)[w]  w in cluster i
 
 The first cluster takes the last of the head's cluster columns, as in the official code.
+`log_probs` and `definition` are this formula; `nll` is what training and evaluation run.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Int
-
-from fwm.errors import UserError
+from jaxtyping import Array, Float
 
 # Logits exist in blocks of tokens by words only, small enough for the cache. Tokens are taken in
 # the first of these sizes while they last, the rest in the next: a tail has few tokens, and
@@ -35,6 +32,37 @@ class Cluster(NamedTuple):
     hidden: int
     start: int
     size: int
+
+
+def log_probs(
+    clusters: Sequence[Cluster],
+    hiddens: Sequence[Float[Array, "N _"]],
+    tables: Sequence[Float[Array, "_ _"]],
+    biases: Sequence[Float[Array, "_"]],
+    cluster_weight: Float[Array, "C D"],
+    cluster_bias: Float[Array, " C"],
+) -> Float[Array, "N n_token"]:
+    """log p of every word: the formula, with all logits at once."""
+    columns = _logits(hiddens[0], cluster_weight, cluster_bias)
+    parts = []
+    for i, c in enumerate(clusters):
+        rows = slice(c.start, c.start + c.size)
+        words = _logits(hiddens[c.hidden], tables[c.table][rows], biases[c.table][rows])
+        if i:
+            parts.append(columns[:, -i][:, None] + jax.nn.log_softmax(words))
+        else:
+            head = jax.nn.log_softmax(jnp.concatenate([words, columns], axis=1))
+            columns = head[:, c.size :]
+            parts.append(head[:, : c.size])
+    return jnp.concatenate(parts, axis=1)
+
+
+def definition(
+    clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets
+) -> Float[Array, " N"]:
+    """-log p of each target."""
+    row = log_probs(clusters, hiddens, tables, biases, cluster_weight, cluster_bias)
+    return -jnp.take_along_axis(row, targets[:, None], axis=1)[:, 0]
 
 
 class _Span(NamedTuple):
@@ -159,9 +187,9 @@ def _add_lse(group: _Group, by: _Sorted, h, table, bias, lse: Array) -> Array:
             w, b = _rows(table, row, new.size), _rows(bias, row, new.size)
 
             def tokens(begin, size, lse):
-                logits = jnp.where(new[None, :], _logits(_rows(h, begin, size), w, b), -jnp.inf)
+                block = jnp.where(new[None, :], _logits(_rows(h, begin, size), w, b), -jnp.inf)
                 old = _rows(lse, begin, size)
-                lse_b = jnp.logaddexp(old, jax.nn.logsumexp(logits, axis=1))
+                lse_b = jnp.logaddexp(old, jax.nn.logsumexp(block, axis=1))
                 if group.kind == "tail":  # the last block may reach into the next cluster
                     lse_b = jnp.where(_rows(by.which, begin, size) == span.i, lse_b, old)
                 return _put(lse, lse_b, begin)
@@ -197,7 +225,8 @@ def _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, ta
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
+def nll(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
+    """`definition`, with its gradient, at a cost in proportion to the tokens of each cluster."""
     return _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets)[0]
 
 
@@ -274,11 +303,11 @@ def _nll_bwd(clusters, saved, g):
     return d_hiddens, tuple(d_tables), tuple(d_biases), d_cluster_weight, d_cluster_bias, None
 
 
-_nll.defvjp(_nll_fwd, _nll_bwd)
+nll.defvjp(_nll_fwd, _nll_bwd)
 
 
 @jax.custom_vjp
-def _take(table: Array, index: Array) -> tuple[Array, Array]:
+def take(table: Array, index: Array) -> tuple[Array, Array]:
     """table[index], and the table itself for its next user.
 
     The next user's gradient comes back first and the rows are added into it in place; two separate
@@ -292,174 +321,4 @@ def _take_bwd(index, gradients):
     return d_table.at[index].add(d_rows), None
 
 
-_take.defvjp(lambda table, index: (_take(table, index), index), _take_bwd)
-
-
-def _bounds(n_token: int, cutoffs: Sequence[int]) -> tuple[int, ...]:
-    bounds = (0, *cutoffs, n_token)
-    if any(low >= high for low, high in pairwise(bounds)):
-        raise UserError(
-            f"cutoffs {tuple(cutoffs)} do not fit a vocabulary of {n_token} words: they must "
-            f"ascend from above 0 to below {n_token}; leave them empty for a plain softmax."
-        )
-    return bounds
-
-
-class _Tables(nn.Module):
-    """What the embedding and the softmax have in common: the shapes of the tables."""
-
-    n_token: int
-    d_embed: int
-    d_model: int
-    cutoffs: tuple[int, ...] = ()
-    div_val: int = 1
-
-    @property
-    def _projected(self) -> bool:
-        return self.div_val > 1 or self.d_embed != self.d_model
-
-    def _shapes(self) -> list[tuple[int, int]]:
-        bounds = _bounds(self.n_token, self.cutoffs)
-        if self.div_val == 1:
-            return [(self.n_token, self.d_embed)]
-        sizes = [high - low for low, high in pairwise(bounds)]
-        return [(size, self.d_embed // self.div_val**i) for i, size in enumerate(sizes)]
-
-    def _new_tables(self) -> tuple[Array, ...]:
-        init = nn.initializers.normal(0.02)
-        return tuple(self.param(f"table_{i}", init, s) for i, s in enumerate(self._shapes()))
-
-
-class AdaptiveEmbedding(_Tables):
-    """Rows of a table, projected to d_model where widths differ; always for div_val > 1.
-
-    With div_val 1 there is one table [n_token, d_embed]; otherwise cluster i has its own,
-    [size_i, d_embed // div_val**i]. The attributes `tables` and `projs` are what a tied
-    `AdaptiveSoftmax` takes. Raises `UserError` if the cutoffs do not ascend within the vocabulary.
-    """
-
-    def setup(self):
-        """Make the parameters table_i and proj_i."""
-        init = nn.initializers.normal(0.01)
-        self.tables = self._new_tables()
-        widths = [width for _, width in self._shapes()] if self._projected else []
-        self.projs = tuple(
-            self.param(f"proj_{i}", init, (width, self.d_model)) for i, width in enumerate(widths)
-        )
-
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embed, not yet multiplied by sqrt(d_model)."""
-        return self.with_tables(tokens)[0]
-
-    def with_tables(
-        self, tokens: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
-        """The embedding, and `tables` for a tied softmax.
-
-        The same values as `tables`, but the gradients of both uses go into one buffer.
-        """
-        if self.div_val == 1:
-            x, table = _take(self.tables[0], tokens)
-            return x @ self.projs[0] if self.projs else x, (table,)
-        bounds = _bounds(self.n_token, self.cutoffs)
-        x, tables = jnp.zeros((*tokens.shape, self.d_model)), []
-        for i, (low, high) in enumerate(pairwise(bounds)):
-            mine = (tokens >= low) & (tokens < high)
-            rows, table = _take(self.tables[i], jnp.where(mine, tokens - low, 0))
-            x = jnp.where(mine[..., None], rows @ self.projs[i], x)
-            tables.append(table)
-        return x, tuple(tables)
-
-
-class AdaptiveSoftmax(_Tables):
-    """Negative log-likelihood of targets, exact, at a cost in proportion to each cluster's tokens.
-
-    The embedding's tables are used if `tie_weight`, its projection (transposed) for cluster i if
-    `tie_projs[i]`; others are own parameters. Biases are always own ones. Computes in the dtype of
-    `hidden`; logits, sums and gradients of parameters are float32. Raises `UserError` if the
-    cutoffs do not ascend within the vocabulary, or `tie_projs` has not one entry per cluster.
-    """
-
-    tie_weight: bool = True
-    tie_projs: tuple[bool, ...] = (False,)
-
-    def setup(self):
-        """Make the parameters bias_i, cluster_weight, cluster_bias, and table_i, proj_i if own."""
-        n_cluster = len(self.cutoffs) + 1
-        if len(self.tie_projs) != n_cluster:
-            raise UserError(
-                f"tie_projs has {len(self.tie_projs)} entries for {n_cluster} clusters: give one "
-                "per cluster, as in (False, True, True, True) for three cutoffs."
-            )
-        normal, zeros = nn.initializers.normal, nn.initializers.zeros
-        self.biases = tuple(
-            self.param(f"bias_{i}", zeros, s[:1]) for i, s in enumerate(self._shapes())
-        )
-        if self.cutoffs:
-            shape = (n_cluster - 1, self.d_embed)
-            self.cluster_weight = self.param("cluster_weight", normal(0.02), shape)
-            self.cluster_bias = self.param("cluster_bias", zeros, shape[:1])
-        else:
-            self.cluster_weight, self.cluster_bias = jnp.zeros((0, self.d_embed)), jnp.zeros(0)
-        self.own_tables = () if self.tie_weight else self._new_tables()
-        widths = [self.d_embed // self.div_val**i for i in range(n_cluster)]
-        self.own_projs = tuple(
-            self.param(f"proj_{i}", normal(0.01), (self.d_model, width))
-            if self._projected and not tied
-            else None
-            for i, (width, tied) in enumerate(zip(widths, self.tie_projs, strict=True))
-        )
-
-    def _parts(self, hidden, tables, projs):
-        """Clusters, the hidden states [N, d_i] that differ between them, and tables."""
-        bounds = _bounds(self.n_token, self.cutoffs)
-        clusters: list[Cluster] = []
-        hiddens: list[Array] = []
-        place: dict[tuple, int] = {}
-        for i, (low, high) in enumerate(pairwise(bounds)):
-            table, own = (i if self.div_val > 1 else 0), self.own_projs[i]
-            name = ("own", i) if own is not None else ("tied", table)
-            if name not in place:
-                place[name] = len(hiddens)
-                proj = own if own is not None else projs[table].T if self._projected else None
-                hiddens.append(hidden if proj is None else hidden @ proj.astype(hidden.dtype))
-            start = 0 if self.div_val > 1 else low
-            clusters.append(Cluster(table, place[name], start, high - low))
-        return (
-            tuple(clusters),
-            tuple(hiddens),
-            tuple(tables if self.tie_weight else self.own_tables),
-        )
-
-    def __call__(
-        self,
-        hidden: Float[Array, "B T D"],
-        targets: Int[Array, "B T"],
-        tables: Sequence[Array] = (),
-        projs: Sequence[Array] = (),
-    ) -> Float[Array, "B T"]:
-        """-log p(target), float32; `tables` and `projs` are the embedding's."""
-        clusters, hiddens, tables = self._parts(hidden.reshape(-1, hidden.shape[-1]), tables, projs)
-        own = self.biases, self.cluster_weight, self.cluster_bias
-        return _nll(clusters, hiddens, tables, *own, targets.ravel()).reshape(targets.shape)
-
-    def log_probs(
-        self,
-        hidden: Float[Array, "*B D"],
-        tables: Sequence[Array] = (),
-        projs: Sequence[Array] = (),
-    ) -> Float[Array, "*B n_token"]:
-        """log p of every word, float32: for generation, where all of them are wanted."""
-        clusters, hiddens, tables = self._parts(hidden.reshape(-1, hidden.shape[-1]), tables, projs)
-        columns = _logits(hiddens[0], self.cluster_weight, self.cluster_bias)
-        parts = []
-        for i, c in enumerate(clusters):
-            rows = slice(c.start, c.start + c.size)
-            logits = _logits(hiddens[c.hidden], tables[c.table][rows], self.biases[c.table][rows])
-            if i:
-                parts.append(columns[:, -i][:, None] + jax.nn.log_softmax(logits))
-            else:
-                head = jax.nn.log_softmax(jnp.concatenate([logits, columns], axis=1))
-                columns = head[:, c.size :]
-                parts.append(head[:, : c.size])
-        return jnp.concatenate(parts, axis=1).reshape(*hidden.shape[:-1], self.n_token)
+take.defvjp(lambda table, index: ((table[index], table), index), _take_bwd)

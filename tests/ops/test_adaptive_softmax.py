@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fwm import adaptive
-from fwm.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from fwm.errors import UserError
+from fwm.layers.vocabulary import AdaptiveEmbedding, AdaptiveSoftmax
+from fwm.ops import adaptive_softmax as adaptive
 
 N_TOKEN, D_MODEL, CUTOFFS, SHAPE = 300, 16, (50, 100, 200), (3, 29)
 

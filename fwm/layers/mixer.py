@@ -1,0 +1,109 @@
+"""What a mixer is: the part of a layer that reads other tokens, and the table of all mixers.
+
+Axis letters in this package: B batch, T time, N heads, H head width (d_head), D model width, F
+feed-forward width.
+
+A mixer is one class. Its dataclass fields are config keys of the group `model`: those that a model
+has anyway (d_head, dropout, ...) are given to it by name, all others are its own, and what it
+writes as their default is the default. A new one is one class and one entry of MIXERS, in
+fwm/layers/mixers.py or in one's own config file.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Key
+
+from fwm.ops.dropout import Dropout
+from fwm.registry import Table
+
+
+class Shared(NamedTuple):
+    """What all layers read alike.
+
+    Fields:
+        parameters: of `Mixer.shared_shapes`, by name.
+        key: of a dropout that is not drawn by rows; None evaluates.
+    """
+
+    parameters: Mapping[str, Array]
+    key: Key[Array, ""] | None
+
+
+class Mixer(nn.Module):
+    """The contract: `(x, carried, *, shared, dropout, last) -> (y, carried)`.
+
+    x [B, T, D] is what the layer reads, y [B, T, D] what it has found, or with `last` n that of
+    the last n positions only, [B, n, D]. `carried` comes from the segment before and goes to the
+    next one; None: there was none. What is carried has the batch in front.
+
+    Attributes:
+        carries: whether a run carries it from segment to segment: never, `asked` (where
+            `train.carry_over_fast_weight` is set) or always.
+        adds_positions: whether the model adds absolute positions to the embedding (unless
+            `no_pos`); False: the mixer knows the order by itself and no_pos has no meaning.
+    """
+
+    carries: ClassVar[Literal["never", "asked", "always"]] = "never"
+    adds_positions: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        carried: Any = None,
+        *,
+        shared: Shared | None = None,
+        dropout: Dropout | None = None,
+        last: int | None = None,
+    ) -> tuple[Float[Array, "B _ D"], Any]:
+        """See the class."""
+        raise NotImplementedError
+
+    def empty(self, batch_size: int, d_model: int) -> Any:
+        """What a layer carries before the first token; None: nothing, ever."""
+        return None
+
+    def join(self, per_layer: tuple[Any, ...]) -> Any:
+        """What the layers carry as the memory of a model."""
+        return per_layer
+
+    def split(self, memory: Any) -> tuple[Any, ...]:
+        """The inverse of `join`."""
+        return memory
+
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that all layers read, in `shared.parameters`: their shapes by name."""
+        return {}
+
+    def draw(self, key: Key[Array, ""]) -> dict[str, Array]:
+        """One layer's variables of the collection `favor`, which every training step draws anew."""
+        return {}
+
+    def check(self) -> None:
+        """Raise `UserError` where the fields have no meaning together."""
+
+    def name_parts(self, name: str) -> list[str]:
+        """What a run's name says of a mixer called `name`."""
+        return [name]
+
+    def floats_per_token(self, length: int) -> int:
+        """About how many numbers a token needs at the peak of an evaluation, for batch sizes."""
+        return 0
+
+    def flops(self, d_model: int, length: int) -> float:
+        """FLOPs of one token's forward pass in a segment, a multiply-add counted as two."""
+        raise NotImplementedError
+
+    def pre_lnorm(
+        self, norm: Callable[[Array], Array], x: Array, carried: Any, **arguments: Any
+    ) -> tuple[Array, Array, Any]:
+        """The official toolkit's `--pre_lnorm`, which differs by layer: (residual, y, carried).
+
+        Here as in its fast weight layers: the residual is the normalised x.
+        """
+        x = norm(x)
+        return x, *self(x, carried, **arguments)
+
+
+MIXERS: Table[type[Mixer]] = Table("mixer")

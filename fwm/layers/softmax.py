@@ -1,0 +1,65 @@
+"""Causal softmax attention: the standard Transformer's mixer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from fwm.layers.mixer import Mixer, Shared
+from fwm.layers.parts import attention_dropout, project
+from fwm.ops import softmax
+from fwm.ops.dropout import Dropout
+
+
+class SoftmaxAttention(Mixer):
+    """Causal softmax attention, scores scaled by 1/sqrt(d_head) (the standard Transformer)."""
+
+    n_head: int
+    d_head: int
+    dropatt: float = 0.0  # probability, on attention weights
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        carried: None = None,
+        *,
+        shared: Shared | None = None,
+        dropout: Dropout | None = None,
+        last: int | None = None,
+        normed: Float[Array, "B T D"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], None]:
+        """See `Mixer`; `normed`: what k and v are made of, if not of x."""
+        d = self.d_head
+        projection = project((self.n_head, 3 * d), -1, self.dtype, "qkv")
+        qkv = projection(x)
+        kv = qkv if normed is None else projection(normed)
+        q = qkv[..., :d] if last is None else qkv[:, -last:, :, :d]
+        out = softmax.causal_attention(
+            q,
+            kv[..., d : 2 * d],
+            kv[..., 2 * d :],
+            scale=d**-0.5,
+            dropout=attention_dropout(dropout, self.dropatt),
+        )
+        out = checkpoint_name(out, "mixed")
+        return project((x.shape[-1],), (-2, -1), self.dtype, "out")(out), None
+
+    def floats_per_token(self, length: int) -> int:
+        """q, k, v and the scores."""
+        return self.n_head * (6 * self.d_head + 2 * length)
+
+    def flops(self, d_model: int, length: int) -> float:
+        """Projections, and scores and values of half the segment."""
+        return self.n_head * self.d_head * (8 * d_model + 2 * length)
+
+    def pre_lnorm(
+        self, norm: Callable[[Array], Array], x: Array, carried: Any, **arguments: Any
+    ) -> tuple[Array, Array, Any]:
+        """q is made of x as it is, and so is the residual."""
+        return x, *self(x, carried, normed=norm(x), **arguments)

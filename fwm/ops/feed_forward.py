@@ -1,0 +1,69 @@
+"""Two affine maps with relu and dropout between them, and the gradient by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from fwm.ops.dropout import masked
+
+
+def definition(scale, x, keep, w_1, b_1, w_2, b_2):
+    """W_2 (relu(W_1 x + b_1) keep scale) + b_2 of `x [M, D]`; `keep [M, F]`, or None for all."""
+    y = jax.nn.relu(x @ w_1 + b_1[None])
+    return (y if keep is None else masked(y, keep, scale)) @ w_2 + b_2[None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def feed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
+    """`definition`, with a gradient by hand.
+
+    Because of what automatic differentiation costs here: it keeps three
+    arrays [M, F] for one (y > 0 says where relu and dropout let through), and XLA's CPU backend
+    transposes those arrays in memory for the gradients of the matrices.
+    """
+    return _forward(scale, x, keep, w_1, b_1, w_2, b_2)[0]
+
+
+def _forward(scale, x, keep, w_1, b_1, w_2, b_2):
+    y = jax.nn.relu(x @ w_1.astype(x.dtype) + b_1.astype(x.dtype)[None])
+    if keep is not None:
+        y = masked(y, keep, scale)
+    y = checkpoint_name(y, "inner")
+    out = y @ w_2.astype(x.dtype) + b_2.astype(x.dtype)[None]
+    return out, (x, y, w_1, w_2)
+
+
+def _backward(scale, residuals, dout):
+    x, y, w_1, w_2 = residuals
+    # Sums over all tokens: accumulated in float32, with the narrow side in front, which is the
+    # fast orientation; the barrier keeps XLA from turning it round.
+    over_tokens = functools.partial(
+        jnp.einsum, "md,mf->df", preferred_element_type=np.promote_types(np.float32, x.dtype)
+    )
+
+    def part(sums, tokens):
+        x, y, dout = tokens
+        dy = masked(jnp.einsum("md,fd->mf", dout, w_2.astype(x.dtype)), y > 0, scale)
+        dx = jnp.einsum("mf,df->md", dy, w_1.astype(x.dtype))
+        dw_1, dw_2 = over_tokens(x, dy), jax.lax.optimization_barrier(over_tokens(dout, y))
+        db_1, db_2 = (jnp.sum(g, axis=0, dtype=dw_1.dtype) for g in (dy, dout))
+        new = (dw_1, dw_2, db_1, db_2)
+        return new if sums is None else jax.tree.map(jnp.add, sums, new), dx
+
+    # A large batch by parts: dy is the widest array of the backward pass.
+    n_part = -(-len(x) // 4096)
+    if n_part == 1 or len(x) % n_part:
+        sums, dx = part(None, (x, y, dout))
+    else:
+        parts = jax.tree.map(lambda z: z.reshape(n_part, -1, z.shape[-1]), (x, y, dout))
+        shapes = jax.eval_shape(lambda t: part(None, t)[0], jax.tree.map(lambda z: z[0], parts))
+        zeros = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)
+        sums, dx = jax.lax.scan(part, zeros, parts)
+    dw_1, dw_2, db_1, db_2 = sums
+    return dx.reshape(x.shape), None, dw_1, db_1, dw_2.T, db_2
+
+
+feed_forward.defvjp(_forward, _backward)

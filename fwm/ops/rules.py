@@ -1,0 +1,209 @@
+"""The update rules: their equations for a chunk, forward and backward, and the table of them.
+
+Within a chunk of C tokens that starts from W, with S the strictly lower part of diag(beta) K K^T,
+
+    (I + S) U = diag(beta) (V - K W)        out = Q W + tril(Q K^T) U        W' = W + K^T U
+
+(Yang et al. 2024, arXiv 2406.06484); the sum rule is the same with U = V. Below, arrays are those
+of `chunks.Chunked`, with M = W^T: `written` is U^T.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fwm.ops import chunks, recurrent
+from fwm.ops.chunks import Chunked, scan_chunks
+from fwm.ops.inverse import unit_inverse
+from fwm.ops.recurrent import Input, Rule
+from fwm.registry import Table
+
+
+def _sum_forward(m, q, k, v):
+    start, written = m, _copy_t(v)
+    m, before = scan_chunks(_add, m, _matmul(written, k))
+    return m, _outputs(before, written, q, k), start
+
+
+def _sum_backward(dm, start, dout, q, k, v):
+    # Exact also for a memory that was carried in: `before` holds it. The official CUDA kernel
+    # restarts from zeros here, so that its dq lacks the carried part.
+    written, dout_t = _copy_t(v), _copy_t(dout)
+    before = _before(start, written, k)
+    dm, after = scan_chunks(_add, dm, _matmul(dout_t, q), reverse=True)
+    dv = (_matmul(dout_t, _reads(q, k)) + _matmul_t(after, k)).mT
+    dreads = jnp.tril(_matmul_t(dout, v))
+    dq = _matmul(dout, before) + _matmul(dreads, k)
+    dk = _matmul(jnp.concatenate([dreads.mT, v], -1), jnp.concatenate([q, after], -2))
+    return dm, (dq, dk, dv)
+
+
+def _delta_forward(m, q, k, v, beta):
+    start = m
+    overlaps = jnp.tril(_matmul_t(k, k), -1)
+    inverse = unit_inverse(beta * overlaps)
+
+    def step(m, chunk):
+        k, v, beta, inverse = chunk
+        written = _matmul_t(beta.mT * (v.mT - _matmul_t(m, k)), inverse)
+        return m + _matmul(written, k), (m, written)
+
+    m, (before, written) = scan_chunks(step, m, (k, v, beta, inverse))
+    # What each token finds wrong: written = beta * errors, but beta may be 0.
+    errors = v.mT - _matmul_t(before, k) - _matmul_t(written, overlaps)
+    return m, _outputs(before, written, q, k), (start, inverse, errors)
+
+
+def _delta_backward(dm, kept, dout, q, k, v, beta):
+    start, inverse, errors = kept
+    written, dout_t = beta.mT * errors, _copy_t(dout)
+    before = _before(start, written, k)
+
+    def step(dm, chunk):
+        k, beta, inverse, dwritten, dm_reads = chunk
+        derrors = _matmul(dwritten + _matmul_t(dm, k), inverse)
+        return dm + dm_reads - _matmul(beta.mT * derrors, k), (dm, derrors)
+
+    each = (k, beta, inverse, _matmul(dout_t, _reads(q, k)), _matmul(dout_t, q))
+    dm, (after, derrors) = scan_chunks(step, dm, each, reverse=True)
+    dbeta = jnp.sum(errors * derrors, axis=-2)[..., None]
+    dv = beta * derrors.mT
+    both = _matmul(
+        jnp.concatenate([dout, -dv], axis=-2), jnp.concatenate([written, before], axis=-1)
+    )
+    size = q.shape[-2]
+    dreads = jnp.tril(both[..., :size, :size])
+    doverlaps = jnp.tril(both[..., size:, :size], -1)
+    dq = both[..., :size, size:] + _matmul(dreads, k)
+    left = [dreads.mT, doverlaps + doverlaps.mT, written.mT]
+    dk = _matmul(jnp.concatenate(left, axis=-1), jnp.concatenate([q, k, after], axis=-2))
+    return dm, (dq, dk + both[..., size:, size:], dv, dbeta)
+
+
+def _outputs(before, written, q, k):
+    """Q W + tril(Q K^T) U, for all chunks at once."""
+    return (_matmul_t(before, q) + _matmul_t(written, _reads(q, k))).mT
+
+
+def _reads(q, k):
+    return jnp.tril(_matmul_t(q, k))
+
+
+def _before(start, written, k):
+    """The memory before each chunk of a group, from the one before the first."""
+    if len(k) == 1:
+        return start[None]
+    return scan_chunks(_add, start, _matmul(written, k))[1]
+
+
+def _add(m, change):
+    return m + change, m
+
+
+def _matmul(a, b):
+    return jnp.einsum("...ij,...jk->...ik", a, b)
+
+
+def _matmul_t(a, b):
+    """a b^T."""
+    return jnp.einsum("...ij,...kj->...ik", a, b)
+
+
+def _copy_t(x):
+    """x^T as an array of its own, which XLA does not fold into the matmul that reads it."""
+    return jax.lax.optimization_barrier(x.mT)
+
+
+def running_key_sums(
+    k: Float[Array, "B T N K"], before: Float[Array, "B N K"], *inputs: Array, last: bool = False
+) -> Float[Array, "B *T N K"]:
+    """z_t = z_(t-1) + k_t from z_0 = before, each token's own key included; `last`: z_T alone.
+
+    The sums of a chunk are a triangular matmul: XLA's cumsum is many times slower everywhere.
+    """
+    if last:
+        return before + jnp.sum(k.astype(before.dtype), axis=1)
+    n_batch, length, n_head, n_key = k.shape
+    size = min(length, 16)
+    n_chunk = -(-length // size)
+    cut = jnp.pad(k, ((0, 0), (0, n_chunk * size - length), (0, 0), (0, 0)))
+    cut = cut.reshape(n_batch, n_chunk, size, n_head * n_key).astype(before.dtype)
+    within = jnp.einsum(
+        "ts,bcsf->bctf", jnp.tri(size, dtype=before.dtype), cut, precision="highest"
+    )
+    totals = jnp.cumsum(within[:, :, -1], axis=1)
+    start = jnp.concatenate([jnp.zeros_like(totals[:, :1]), totals[:, :-1]], axis=1)
+    start = start + before.reshape(n_batch, 1, -1)
+    sums = (within + start[:, :, None]).reshape(n_batch, n_chunk * size, n_head, n_key)
+    return sums[:, :length]
+
+
+SUM = Rule(
+    step=recurrent.sum_step,
+    key_sums=running_key_sums,
+    # One chunk a group: what a group needs stays in the cache.
+    chunked=Chunked(_sum_forward, _sum_backward, cpu_cut=lambda n_value: (32, 1)),
+)
+
+DELTA = Rule(
+    step=recurrent.delta_step,
+    inputs=(Input("beta", jax.nn.sigmoid),),
+    key_norm="sum",
+    key_sums=running_key_sums,
+    # Two chunks a group: half the number of groups and states. Larger chunks lose precision where
+    # keys are nearly equal and beta is near 1: then the gradient of k is right to 2e-6 with 32
+    # tokens, 5e-6 with 64 and 1e-5 with 128.
+    chunked=Chunked(
+        _delta_forward,
+        _delta_backward,
+        cpu_cut=lambda n_value: (16 if n_value < 64 else 32, 2),
+        small_by_tokens=True,
+    ),
+    flops=6,
+)
+
+UPDATE_RULES: Table[Rule] = Table("update_rule")
+UPDATE_RULES["sum"] = SUM
+UPDATE_RULES["delta"] = DELTA
+
+
+def sum_rule(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N V"],
+    weights: Float[Array, "B N K V"] | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
+    """W_t = W_(t-1) + k_t v_t^T; out_t = W_t^T q_t (paper, equations 17-18).
+
+    Args:
+        q: queries, already mapped to features, as k.
+        k: keys.
+        v: values.
+        weights: the state before the first token; None: zeros.
+        chunk_size: tokens per chunk; None: the fastest known for shape and backend.
+
+    Returns:
+        out in v's dtype, and the state after the last token, accumulated in float32.
+
+    Raises:
+        UserError: a chunk_size below 1, no token.
+    """
+    return chunks.run(SUM, q, k, v, (), weights, chunk_size=chunk_size)
+
+
+def delta_rule(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N V"],
+    beta: Float[Array, "B T N"],
+    weights: Float[Array, "B N K V"] | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
+    """W_t = W_(t-1) + beta_t k_t (v_t - W_(t-1)^T k_t)^T; out_t = W_t^T q_t (paper, section 4.2).
+
+    Args and results as of `sum_rule`; beta holds the write strengths.
+    """
+    return chunks.run(DELTA, q, k, v, (beta,), weights, chunk_size=chunk_size)
