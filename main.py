@@ -6,6 +6,7 @@ python main.py --mode=eval  --workdir=runs/a           the same, test split; or 
 python main.py --mode=generate --workdir=runs/a --prompt="The history of"      what it writes
 python main.py --mode=compare --workdir=runs/a,runs/b  curves in one figure, results in a table
 python main.py --mode=retrieval --config=configs/retrieval.py:capacity    synthetic experiments
+python main.py --config=examples/own_task.py           with what a file of one's own registers
 
 One of several processes: --coordinator_address=host:port --num_processes=4 --process_id=0,
 or --coordinator_address=auto, which takes all three from Slurm's or Open MPI's environment.

@@ -113,8 +113,15 @@ def config_of_run(workdir: Path, overrides: Mapping[str, Any]) -> ConfigDict:
                 f"--config.{name} belongs to the training of {workdir} and cannot be changed for "
                 f"an evaluation, which may change {', '.join(EVALUATION_FIELDS)}."
             )
+    config = _read_config(workdir)
+    config.update_from_flattened_dict(overrides)
+    return config.lock()
+
+
+def _read_config(workdir: Path, needed: str = "") -> ConfigDict:
+    """A run's config; refused where a name is not registered that a key under `needed` has."""
     saved, config = saved_config(workdir), defaults()
-    missing = registry.missing(saved)
+    missing = registry.missing({k: v for k, v in saved.items() if k.startswith(needed)})
     if missing and saved["registered_in"]:
         raise UserError(
             f"{workdir} was trained with {saved['registered_in']}, which registers "
@@ -124,8 +131,7 @@ def config_of_run(workdir: Path, overrides: Mapping[str, Any]) -> ConfigDict:
         config.update_from_flattened_dict(saved)
     except TypeError as error:
         raise UserError(f"{workdir}/config.json is damaged: {error}; restore it.") from error
-    config.update_from_flattened_dict(overrides)
-    return config.lock()
+    return config
 
 
 def restore(
@@ -161,7 +167,7 @@ class OpenedRun(NamedTuple):
 
 
 def open(path: str | Path, which: Which = "best") -> OpenedRun:
-    """Open what was trained in a workdir.
+    """Open what was trained in a workdir; the task that it was trained on need not be known.
 
         run = fwm.workdir.open("runs/a")
         nll, memory = run.model.apply(run.variables, tokens, targets)
@@ -174,7 +180,8 @@ def open(path: str | Path, which: Which = "best") -> OpenedRun:
         UserError: as `config_of_run` and `restore`.
     """
     workdir = Path(path)
-    config = config_of_run(workdir, {})
+    check_holds_run(workdir)
+    config = _read_config(workdir, needed="model.").lock()
     vocab = Vocabulary.load(workdir / "vocab.txt")
     model = LanguageModel(build_config(config.model.to_dict(), len(vocab)))
     step, variables = restore(workdir, str(which))

@@ -1,11 +1,9 @@
 """The training loop through `fwm.train.run`: devices, resuming, accumulation, divergence."""
 
 import functools
-import io
 import itertools
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -20,12 +18,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from real_runs import assert_same_bits, final_state, log
 
 from configs import default
-from fwm import data, parallel, train
+from fwm import data, train
 from fwm.checkpoint import Checkpoints
 from fwm.errors import UserError
 from fwm.evaluate import carry_over
 from fwm.model import LanguageModel, build_config
-from fwm.reporting import Progress, Reporter, Trace
+from fwm.reporting import Reporter
 from fwm.step import Batch, init_state
 
 ROOT = Path(__file__).parents[1]
@@ -126,51 +124,6 @@ def whole(place, one_device):
         return place / variant
 
     return run
-
-
-def test_traces_that_cannot_be_written_cost_warnings(tmp_path):
-    """The second run of a process finds the first one's trace, which jax keeps."""
-    lines, steps, workdir = [], [], tmp_path / "file"
-    state = jnp.zeros(())
-    workdir.write_text("mine")
-    try:
-        for _ in range(2):
-            with Trace((1, 2), workdir, lines.append) as profile:
-                for number in (1, 2):
-                    with profile.step(number, state):
-                        steps.append(number)
-                    profile.after(number, state)
-    finally:
-        workdir.unlink()
-        jax.profiler.stop_trace()  # Now it can: the other tests of this process find none.
-    assert steps == [1, 2, 1, 2]
-    first, second = lines
-    assert re.fullmatch(
-        r"Warning: the trace could not be written \(.+\); training goes on\.", first
-    )
-    assert re.fullmatch(r"Warning: no step can be traced \(.+\); training goes on\.", second)
-
-
-@pytest.mark.parametrize(
-    ("log_interval", "eval_interval", "left"), [(5, 1, 7), (5, 2, 5), (1, 5, 7), (5, 5, 5)]
-)
-def test_the_duration_is_estimated_however_often_a_run_reports(
-    tmp_path, log_interval, eval_interval, left
-):
-    said = io.StringIO()
-    t = default.defaults().train
-    t.update({"log_interval": log_interval, "eval_interval": eval_interval, "max_step": 9})
-    metrics = parallel.replicate(dict.fromkeys(("loss", "grad_norm", "learning_rate"), 1.0))
-    with Reporter(tmp_path, config={}, total_steps=9, start_step=0, stream=said) as reporter:
-        progress = Progress(reporter, t)
-        for step in range(1, 10):
-            progress.step(step, metrics)
-            if step % eval_interval == 0:
-                with progress.paused():
-                    pass
-        progress.flush()
-    found = re.findall(r"Estimated duration: \d+:\d\d:\d\d for the (\d) steps", said.getvalue())
-    assert found == [str(left)]
 
 
 def losses(workdir):
