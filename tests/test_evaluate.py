@@ -10,9 +10,6 @@ from fwm.errors import UserError
 from fwm.evaluate import Score, automatic_batch_size, carry_over, sliding_window
 from fwm.model import LanguageModel, ModelConfig
 
-# Every call compiles its step anew; most of them are the same program.
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 WINDOW, LENGTH = 6, 24
 SIZES = dict(n_token=30, d_model=16, n_head=2, d_head=4, d_inner=32, n_layer=2)
 STREAM = np.random.default_rng(1).integers(0, 30, LENGTH).astype(np.int32)
