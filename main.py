@@ -176,7 +176,8 @@ def dispatch(argv: list[str]) -> int:
         if config.data[field]:
             config.data[field] = str(Path(config.data[field]).expanduser().absolute())
     # Compiled programs are kept, so that a second start takes a fraction of the first.
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir, "xla")))
+    if not jax.config.jax_compilation_cache_dir:  # or where JAX_COMPILATION_CACHE_DIR says
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir, "xla")))
     if MODE.value == "train":
         return train.run(config, workdir, _describe(config))
     if MODE.value == "generate":
