@@ -10,6 +10,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from program import SIZES, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +29,15 @@ for name in ("fwm.ops", "fwm.layers.fast_weight"):
     module = importlib.import_module(name)
     print(module.__file__, *doctest.testmod(module))
 print(importlib.util.find_spec("configs"), importlib.util.find_spec("main"))
+
+# One's own rule, in a file that lies here, is trained and evaluated.
+from pathlib import Path
+from fwm import evaluate, train, workdir
+import own_rule
+config, run = own_rule.get_config(), Path("run")
+config.update_from_flattened_dict(SETTINGS)
+silent = train.run(config, run) or evaluate.run(config, run, ["valid"], report=lambda line: None)
+print(silent[0]["tokens"], workdir.open(run).model.config.update_rule)
 """
 
 
@@ -52,14 +62,19 @@ def test_the_installed_package(tmp_path):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fwm").rglob("*.py")}
     assert files == modules
     shutil.rmtree(source)
-    (tmp_path / "elsewhere").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(ROOT / "examples" / "own_rule.py", elsewhere)
+    text = write_text(elsewhere / "text")
+    settings = SIZES | {"data.dir": str(text), "data.cache_dir": str(elsewhere / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", INSTALLED],
-        cwd=tmp_path / "elsewhere", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        [sys.executable, "-c", f"SETTINGS = {settings}\n{INSTALLED}"],
+        cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    *examples, others = done.stdout.splitlines()
+    *examples, others = done.stdout.splitlines()[:3]
+    assert done.stdout.splitlines()[-1] == "23 decayed_sum"
     for line, name in zip(examples, ("ops/__init__.py", "layers/fast_weight.py"), strict=True):
         assert line.startswith(f"{tmp_path / 'site' / 'fwm' / name} 0 ")
     assert others == "None None"
