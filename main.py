@@ -12,6 +12,7 @@ One of several processes: --coordinator_address=host:port --num_processes=4 --pr
 or --coordinator_address=auto, which takes all three from Slurm's or Open MPI's environment.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,8 @@ def dispatch(argv: list[str]) -> int:
         if config.data[field]:
             config.data[field] = str(Path(config.data[field]).expanduser().absolute())
     # Compiled programs are kept, so that a second start takes a fraction of the first.
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir, "xla")))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir, "xla")))
     if MODE.value == "train":
         return train.run(config, workdir, _describe(config))
     if MODE.value == "generate":

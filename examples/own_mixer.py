@@ -20,7 +20,7 @@ class Convolution(Mixer):
         taps = self.param("taps", matrix_init, (self.width, x.shape[-1])).astype(x.dtype)
         past = self.empty(*x.shape[::2]) if carried is None else carried
         seen = jnp.concatenate([past.astype(x.dtype), x], axis=1)
-        out = sum(taps[i] * seen[:, i : i + x.shape[1]] for i in range(self.width))
+        out = sum(taps[None, None, i] * seen[:, i : i + x.shape[1]] for i in range(self.width))
         return out[:, -(last or 0) :], seen[:, x.shape[1] :].astype(past.dtype)
 
     def empty(self, batch_size, d_model):

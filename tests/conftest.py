@@ -1,18 +1,26 @@
 """Every test runs strict: no silent dtype or rank promotion, two devices, shapes checked."""
 
 import os
+from importlib.metadata import version
+from pathlib import Path
 
-# Before jax is imported: two CPU devices, so that everything parallel is really parallel. Tests
-# compile a lot and compute little: without LLVM's optimisations they take two thirds of the time.
+# Before jax is imported, and for the processes that tests start. Two CPU devices, so that all that
+# is parallel is really parallel. Tests compile a lot and compute little: without LLVM's
+# optimisations and the newer emitters of fusions that takes a third of the time (from 0.11 on,
+# jaxlib has no others, and ends a process that names them). What is compiled is kept for all tests,
+# workers and later runs; jax names it by its version, flags and program.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * (version("jaxlib") < "0.11")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import whole_entries  # noqa: F401
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -27,19 +35,7 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="module")
-def kept_programs(tmp_path_factory):
-    """What a module compiles is kept for the rest of the module, and not for the next one."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, kept_programs):
+def place(tmp_path_factory):
     """A folder with a text, where calls of main.py keep what they cache."""
     from program import write_text
 

@@ -31,23 +31,22 @@ def write_text(folder):
     return folder
 
 
+def on_devices(number):
+    """The environment of a process like this one, but for its number of devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={number}"
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT / "tests" / "children")}
+
+
 def start(text, workdir, *flags, devices=1, **settings):
     """Begin a training in a process of its own; what it says goes to `stdout`."""
     fields = SETTINGS | {"data.dir": text, "data.cache_dir": text / "cache"}
     fields |= {name.replace("__", "."): value for name, value in settings.items()}
     command = ["main.py", "--config=configs/performer_delta.py", f"--workdir={workdir}"]
     command += [*flags, *(f"--config.{name}={value}" for name, value in fields.items())]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        " --xla_backend_optimization_level=0",
-    }
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment,
+        env=on_devices(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,10 +8,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from program import call
+from program import SIZES, call
 from real_runs import assert_same_bits, final_state, log
 
 from fwm import workdir as workdirs
+from fwm.errors import UserError
+from fwm.layers import MIXERS
+from fwm.ops import FEATURE_MAPS, UPDATE_RULES
 from fwm.reporting import Reporter
 from fwm.tasks import TASKS
 
@@ -29,54 +32,100 @@ def stop_after_the_first_step(monkeypatch):
     monkeypatch.setattr(Reporter, "train", report)
 
 
+TASK = {"train__max_step": 4, "train__eval_interval": 2}
+OWN = {"own_rule": "update_rule", "own_mixer": "mixer", "own_feature_map": "feature_map"}
+
+
+def stopped_and_resumed(train, folder, monkeypatch, first, second, **changes):
+    """Trained at once by the file `first`, and stopped and gone on with by `second`: the same."""
+    changes = TASK | changes
+    status, out, err = train(folder / "whole", config=first, **changes)
+    assert (status, err) == (0, "")
+    with monkeypatch.context() as patch:
+        stop_after_the_first_step(patch)
+        assert train(folder / "stopped", config=first, **changes)[0] == 143
+    assert final_state(folder / "stopped")["step"] == 2
+    status, resumed, err = train(folder / "stopped", config=second, **changes)
+    assert (status, err) == (0, "")
+    assert "at step 2." in resumed
+    assert log(folder / "stopped") == log(folder / "whole")
+    assert_same_bits(final_state(folder / "stopped"), final_state(folder / "whole"))
+    for name, file in (("whole", first), ("stopped", second)):
+        config = json.loads((folder / name / "config.json").read_text())
+        assert config["registered_in"] == str(Path(file).absolute())
+    return out
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_ones_own_is_trained_resumed_evaluated_and_writes(
+    name, train, place, tmp_path, monkeypatch
+):
+    file = EXAMPLES / f"{name}.py"
+    monkeypatch.chdir(file.parent)
+    carry = {} if name == "own_feature_map" else {"train__carry_over_fast_weight": True}
+    stopped_and_resumed(
+        train, tmp_path, monkeypatch, file, file.name, model__no_pos=True,
+        **({"model__width": 3} if name == "own_mixer" else {}), **carry,
+    )  # fmt: skip
+    whole, given = f"--workdir={tmp_path / 'whole'}", f"--config={file}"
+    places = [
+        f"--config.data.{k}={place / v}" for k, v in (("dir", "text"), ("cache_dir", "cache"))
+    ]
+    status, out, err = call("--mode=valid", whole, given, *places)
+    assert (status, err) == (0, "")
+    results = json.loads((tmp_path / "whole" / "valid_results.json").read_text())
+    assert results["protocol"] == ("carry_over" if carry else "sliding_window")
+    status, out, err = call("--mode=generate", whole, given, "--prompt=the cat", *places)
+    assert status == 0
+    assert out.startswith("the cat")
+    assert re.search("note: 100 new tokens", err)
+
+    # Without its file: one sentence that says which one it is.
+    table = {"own_rule": UPDATE_RULES, "own_mixer": MIXERS, "own_feature_map": FEATURE_MAPS}[name]
+    monkeypatch.delitem(table, json.loads((tmp_path / "whole" / "config.json").read_text())[
+        "model"][OWN[name]])  # fmt: skip
+    status, out, err = call("--mode=valid", whole, *places)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert f"give --config={file}" in err
+
+
 @pytest.fixture(scope="module")
 def parity(place):
-    """A folder with a copy of the example, and what the example has trained there."""
+    """A folder with a copy of the task's file, and what it has trained there."""
     folder = place / "parity"
     folder.mkdir()
     shutil.copy(EXAMPLES / "own_task.py", folder / "mine.py")
+    settings = SIZES | {name.replace("__", "."): value for name, value in TASK.items()}
+    settings |= {"data.cache_dir": place / "cache", "data.dir": place / "text"}
+    fields = [f"--config.{name}={value}" for name, value in settings.items()]
+    status, _, err = call(f"--config={folder / 'mine.py'}", f"--workdir={folder / 'run'}", *fields)
+    assert (status, err) == (0, "")
     return folder
 
 
-TASK = {"train__max_step": 4, "train__eval_interval": 2}
-
-
-def test_a_task_of_ones_own_is_trained_stopped_and_resumed(train, parity, monkeypatch):
+def test_a_task_of_ones_own_is_trained_stopped_and_resumed(train, parity, tmp_path, monkeypatch):
     monkeypatch.chdir(parity)
-    run = lambda name: train(parity / name, config="mine.py", **TASK)
-    status, out, err = run("whole")
-    assert (status, err) == (0, "")
+    # The file that a run needs may lie elsewhere later.
+    moved = shutil.copy(parity / "mine.py", parity / "moved.py")
+    out = stopped_and_resumed(train, tmp_path, monkeypatch, "mine.py", moved)
     assert "Data: parity, sequences of 8 drawn anew for every step, 512 for valid" in out
     assert "Training: 4 steps of 32 tokens.\n" in out
     assert re.search(r">>> validation at step 4: loss .* accuracy 0\.\d{4}  \(", out)
-    with monkeypatch.context() as patch:
-        stop_after_the_first_step(patch)
-        assert run("stopped")[0] == 143
-    assert final_state(parity / "stopped")["step"] == 2
-    # The file that a run needs may lie elsewhere later.
-    shutil.copy(parity / "mine.py", parity / "moved.py")
-    status, out, err = train(parity / "stopped", config=parity / "moved.py", **TASK)
-    assert (status, err) == (0, "")
-    assert "at step 2." in out
-    assert log(parity / "stopped") == log(parity / "whole")
-    assert_same_bits(final_state(parity / "stopped"), final_state(parity / "whole"))
-    for name, file in (("whole", "mine.py"), ("stopped", "moved.py")):
-        config = json.loads((parity / name / "config.json").read_text())
-        assert (config["task"], config["registered_in"]) == ("parity", str(parity / file))
 
 
 def test_without_its_file_a_run_says_which_one_it_needs(parity, monkeypatch):
     monkeypatch.delitem(TASKS, "parity")
-    arguments = ("--mode=generate", f"--workdir={parity / 'whole'}")
+    arguments = ("--mode=generate", f"--workdir={parity / 'run'}")
     status, _, err = call(*arguments)
     assert status == 2
     assert re.fullmatch(
-        rf"error: .*whole was trained with {parity}/mine\.py, which registers task=parity: "
+        rf"error: .*run was trained with {parity}/mine\.py, which registers task=parity: "
         rf"give --config={parity}/mine\.py too\.\n",
         err,
     )
-    # The model alone needs no task.
-    assert workdirs.open(parity / "whole").vocab.symbols == ("0", "1")
+    with pytest.raises(UserError, match="registers task=parity"):
+        workdirs.open(parity / "run")
     # With it the settings stay the run's, and there is no note that says that it is not used.
     status, out, err = call(*arguments, f"--config={EXAMPLES / 'own_task.py'}")
     assert (status, out) == (2, "")
@@ -84,19 +133,18 @@ def test_without_its_file_a_run_says_which_one_it_needs(parity, monkeypatch):
 
 
 def test_a_trained_task_is_scored_by_what_it_measures(parity):
-    pytest.importorskip("fwm.score")
     file = f"--config={EXAMPLES / 'own_task.py'}"
-    status, _, err = call("--mode=valid,eval", f"--workdir={parity / 'whole'}", file)
+    status, _, err = call("--mode=valid,eval", f"--workdir={parity / 'run'}", file)
     assert (status, err) == (0, "")
     for split in ("valid", "test"):
-        results = json.loads((parity / "whole" / f"{split}_results.json").read_text())
+        results = json.loads((parity / "run" / f"{split}_results.json").read_text())
         assert 0.3 < results["accuracy"] < 0.9
         assert results["protocol"] == "batches"
         assert 0.4 < results["tokens"] / (512 * 8) < 0.6
 
 
 def test_what_counts_is_drawn_from_seed_split_and_index_alone(parity):
-    config = workdirs.config_of_run(parity / "whole", {})
+    config = workdirs.config_of_run(parity / "run", {})
     whole, part = (TASKS["parity"](config, ("train", "valid")) for _ in range(2))
     batch = whole.batch(3, slice(None))
     assert batch.tokens.shape == (4, 8)

@@ -14,8 +14,6 @@ from fwm.data import Vocabulary
 from fwm.errors import UserError
 from fwm.generate import Decoder
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
-
 # Whole segments: positions count down to the end of one, and the last would be a shorter one.
 TEXT = STREAM[: 3 * WINDOW + 1]
 DRAWS = 2000

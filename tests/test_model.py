@@ -25,6 +25,7 @@ VARIANTS = {
     "transformer, no_pos": "no_pos",
     "linear_delta, output": "no_pos,attn_normalization=output",
     "dpfp_delta, output_and_key": "no_pos,attn_normalization=output_and_key",
+    "linear_sum, pre": "no_pos,norm=pre,feature_map=silu,key_norm=l2,attn_normalization=none",
 }
 # Of each kind of mixer; what is tried on these only is the same for the others.
 ONE_OF_EACH = ("transformer", "transformer_xl", "performer_delta", "dpfp_delta, output_and_key")
@@ -147,3 +148,32 @@ def test_redrawn_projections_fit_and_change():
     assert np.all(first != other)
     assert np.all(first[0] != first[1])  # each layer has its own
     assert redraw_projections(make("linear_sum")[0], jax.random.key(0)) == {}
+
+
+def test_second_derivatives():
+    """Forward over reverse, through the adaptive softmax and the embedding that it is tied to.
+
+    Finite differences meet the kinks of relu; but a Hessian is symmetric, u H v = v H u.
+    """
+    config, variables = make("dpfp_delta")
+    model = LanguageModel(config)
+    tokens, targets = draw()
+    rng = np.random.default_rng(1)
+    u, v = (
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), variables)
+        for _ in range(2)
+    )
+
+    @jax.jit
+    def along(direction):
+        loss = lambda variables: model.apply(variables, tokens, targets)[0].mean()
+        return jax.jvp(jax.grad(loss), (variables,), (direction,))[1]
+
+    def dot(a, b):
+        return sum(
+            float(jnp.sum(x * y)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        )
+
+    one, other = dot(u, along(v)), dot(v, along(u))
+    assert abs(one) > 0.1
+    assert one == pytest.approx(other, rel=1e-3)

@@ -23,7 +23,6 @@ from fwm.score import (
 )
 
 # Every call compiles its step anew; most of them are the same program.
-pytestmark = pytest.mark.usefixtures("kept_programs")
 
 WINDOW, LENGTH = 6, 24
 SIZES = dict(n_token=30, d_model=16, n_head=2, d_head=4, d_inner=32, n_layer=2)

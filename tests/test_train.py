@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from real_runs import assert_same_bits, final_state, log
+from real_runs import assert_same_bits, final_state, log, on_devices
 
 from configs import default
 from fwm import data, train
@@ -51,19 +50,13 @@ ON_ONE_DEVICE: dict[str, dict] = {"whole": {}, "accumulated": {"train.batch_chun
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A text whose training part has four segments to an epoch; compiled programs are shared."""
+    """A text whose training part has four segments to an epoch."""
     folder = tmp_path_factory.mktemp("train")
     sentences = [" ".join(f"w{(i * j) % 23}" for j in range(1, 9)) for i in range(1, 12)]
     for split, lines in (("train", 30), ("valid", 9)):
         text = "\n".join(sentences[i * i % 11] for i in range(lines))
         (folder / f"{split}.txt").write_text(text + "\n")
-    compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
+    return folder
 
 
 def settings(folder, variant, **changes):
@@ -98,7 +91,7 @@ def one_device(place):
     process = subprocess.Popen(
         [sys.executable, "-c", ONE_DEVICE],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=on_devices(1),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )

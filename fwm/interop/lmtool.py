@@ -134,49 +134,70 @@ def _transposed(name: str, *path: str) -> Entry:
     return Entry((name,), path, lambda x: x.T, lambda x: (x.T,))
 
 
+def _by_heads(name: str, c: ModelConfig) -> Entry:
+    """[q | k | v] or [q | k | v | beta] of one head, then of the next."""
+    return Entry(
+        (name,),
+        ("mixer", "qkv", "kernel"),
+        lambda w: w.reshape(c.n_head, -1, c.d_model).transpose(2, 0, 1),
+        lambda w: (w.transpose(1, 2, 0).reshape(-1, c.d_model),),
+    )
+
+
+def _by_kinds(names: tuple[str, ...], c: ModelConfig) -> Entry:
+    """All heads' q, all heads' k, all heads' v; in one matrix or as q and kv."""
+    n, h, d = c.n_head, c.d_head, c.d_model
+
+    def to_theirs(w: np.ndarray) -> tuple[np.ndarray, ...]:
+        rows = w.reshape(d, n, 3, h).transpose(2, 1, 3, 0).reshape(3 * n * h, d)
+        return (rows,) if len(names) == 1 else (rows[: n * h], rows[n * h :])
+
+    return Entry(
+        names,
+        ("mixer", "qkv", "kernel"),
+        lambda *w: np.concatenate(w).reshape(3, n, h, d).transpose(3, 1, 0, 2).reshape(d, n, 3 * h),
+        to_theirs,
+    )
+
+
+def _fast_weight(c: ModelConfig, prefix: str) -> Iterator[Entry]:
+    if not c.scale_output:
+        yield from _softmax(c, prefix)
+    elif c.update_rule == "sum":
+        yield _by_heads(f"{prefix}qkv_net.weight", c)
+    else:
+        yield _by_heads(f"{prefix}qkvb_net.weight", c)
+
+
+def _softmax(c: ModelConfig, prefix: str) -> Iterator[Entry]:
+    yield _by_kinds((f"{prefix}q_net.weight", f"{prefix}kv_net.weight"), c)
+
+
+def _transformer_xl(c: ModelConfig, prefix: str) -> Iterator[Entry]:
+    n, h, d = c.n_head, c.d_head, c.d_model
+    yield _by_kinds((f"{prefix}qkv_net.weight",), c)
+    yield Entry(
+        (f"{prefix}r_net.weight",),
+        ("mixer", "r", "kernel"),
+        lambda w: w.T.reshape(d, n, h),
+        lambda w: (w.reshape(d, n * h).T,),
+    )
+
+
+# By mixer: the layouts of its projections in the official toolkit.
+MIXERS = {"fast_weight": _fast_weight, "softmax": _softmax, "transformer_xl": _transformer_xl}
+
+
 def _attention(c: ModelConfig, layer: str) -> Iterator[Entry]:
     n, h, d = c.n_head, c.d_head, c.d_model
     prefix = f"{layer}.dec_attn."
-    kernel = ("mixer", "qkv", "kernel")
-    if c.mixer == "fast_weight" and c.scale_output:
-        # Head after head: [q | k | v] or [q | k | v | beta].
-        name = "qkvb_net" if c.update_rule == "delta" else "qkv_net"
-        yield Entry(
-            (f"{prefix}{name}.weight",),
-            kernel,
-            lambda w: w.reshape(n, -1, d).transpose(2, 0, 1),
-            lambda w: (w.transpose(1, 2, 0).reshape(-1, d),),
-        )
-    else:
-        # All heads' q, all heads' k, all heads' v; in one matrix or as q and kv.
-        split = c.mixer != "transformer_xl"
-        names = ("q_net", "kv_net") if split else ("qkv_net",)
-
-        def to_theirs(w: np.ndarray) -> tuple[np.ndarray, ...]:
-            rows = w.reshape(d, n, 3, h).transpose(2, 1, 3, 0).reshape(3 * n * h, d)
-            return (rows[: n * h], rows[n * h :]) if split else (rows,)
-
-        yield Entry(
-            tuple(f"{prefix}{name}.weight" for name in names),
-            kernel,
-            lambda *w: (
-                np.concatenate(w).reshape(3, n, h, d).transpose(3, 1, 0, 2).reshape(d, n, 3 * h)
-            ),
-            to_theirs,
-        )
+    yield from MIXERS[c.mixer](c, prefix)
     yield Entry(
         (f"{prefix}o_net.weight",),
         ("mixer", "out", "kernel"),
         lambda w: w.T.reshape(n, h, d),
         lambda w: (w.reshape(n * h, d).T,),
     )
-    if c.mixer == "transformer_xl":
-        yield Entry(
-            (f"{prefix}r_net.weight",),
-            ("mixer", "r", "kernel"),
-            lambda w: w.T.reshape(d, n, h),
-            lambda w: (w.reshape(d, n * h).T,),
-        )
 
 
 def _layer(c: ModelConfig, layer: str) -> Iterator[Entry]:
@@ -215,9 +236,8 @@ def _vocabulary(c: ModelConfig) -> Iterator[Entry]:
 
 def _outside_layers(c: ModelConfig) -> Iterator[Entry]:
     yield from _vocabulary(c)
-    if c.mixer == "transformer_xl":
-        yield _same("r_w_bias", "r_w_bias")
-        yield _same("r_r_bias", "r_r_bias")
+    for name in c.make_mixer().shared_shapes():
+        yield _same(name, name)
 
 
 def _inverse_frequencies(c: ModelConfig) -> np.ndarray:
@@ -325,7 +345,15 @@ def to_lmtool(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, np
 
     The map is linear, so it also takes `{"params": gradients}` to official gradients: for a tied
     tensor each name then holds the total one.
+
+    Raises:
+        UserError: a mixer or norm that the official toolkit has not.
     """
+    if config.mixer not in MIXERS or config.norm == "pre":
+        raise UserError(
+            f"the official toolkit has no model of mixer={config.mixer} and norm={config.norm}: "
+            f"expected one of {', '.join(MIXERS)} with post or pre_lnorm."
+        )
     params = variables["params"]
     state_dict: dict[str, np.ndarray] = {}
 
