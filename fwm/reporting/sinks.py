@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -27,15 +27,9 @@ from fwm.files import flatten, read_json, write_json
 LOG = "train_log.csv"
 WANDB_ID = "wandb_id.json"
 COLUMNS = (
-    "step",
-    "split",
-    "loss",
-    "perplexity",
-    "learning_rate",
-    "grad_norm",
-    "tokens_per_second",
+    "step", "split", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second",
     "seconds",
-)
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -51,11 +45,11 @@ class Row(NamedTuple):
         return {f"{self.split}/{name}": value for name, value in self.values.items()}
 
 
-class Sink(Protocol):
-    """What every sink has: its name in a warning, what may fail, and four methods."""
+class Sink:
+    """What the reporter knows of a sink; a method that has nothing to do is left as it is here."""
 
-    name: str
-    failures: tuple[type[Exception], ...]
+    name: str  # in a warning
+    failures: tuple[type[Exception], ...] = (OSError,)  # that cost a warning
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Before the first report, with all settings."""
@@ -95,11 +89,10 @@ def _csv_text(rows: Sequence[Mapping[str, Any]], header: bool = False) -> str:
     return text.getvalue()
 
 
-class CsvLog:
+class CsvLog(Sink):
     """Rows that a full disk refuses are kept and written later: no gaps, no half rows."""
 
     name = LOG
-    failures: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, workdir: Path, start_step: int) -> None:
         self._path, self._start_step = workdir / LOG, start_step
@@ -133,12 +126,6 @@ class CsvLog:
             os.truncate(self._path, size)
             raise
         self._unwritten = ""
-
-    def recover(self) -> None:
-        """Nothing to do: what is unwritten is kept."""
-
-    def close(self) -> None:
-        """Nothing to do: the file is open only while it is written."""
 
 
 # --- TensorBoard ----------------------------------------------------------------------------------
@@ -207,11 +194,10 @@ class EventWriter:
             raise
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Curves, settings and their text; after a failure in another file."""
 
     name = "TensorBoard events"
-    failures: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, workdir: Path, start_step: int) -> None:
         self._workdir, self._start_step = workdir, start_step
@@ -245,7 +231,7 @@ class TensorBoard:
 # --- Weights & Biases -----------------------------------------------------------------------------
 
 
-class WandB:
+class WandB(Sink):
     """Logs under an id that is kept in the workdir; without a network into files there.
 
     Raises:
@@ -253,8 +239,7 @@ class WandB:
     """
 
     name = "Weights & Biases"
-    # Another program's, whatever they are.
-    failures: tuple[type[Exception], ...] = (Exception,)
+    failures = (Exception,)  # another program's, whatever they are
 
     def __init__(
         self,
@@ -301,9 +286,6 @@ class WandB:
         """The numbers of a step."""
         if self._run is not None:
             self._run.log(row.tagged(), step=row.step)
-
-    def recover(self) -> None:
-        """Nothing to do: what was not taken is not sent again."""
 
     def close(self) -> None:
         """End the run there."""
