@@ -196,6 +196,7 @@ def answers(
 
     by_sum = rule.key_norm == "sum"  # of the query only after the read, with an eps
     q = q if by_sum else norm(q)
+    total: Array | None
     if q.shape[1] == 1 and rule in (SUM, DELTA):
         out, total = read_by_weights(written, q, batch, size)
     else:
