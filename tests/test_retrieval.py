@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import signal
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def by_the_equations(name, p, keys, values, query, directions):
 
 
 @pytest.mark.parametrize(
-    "name", ["softmax", "linear_sum", "favor128_sum", "dpfp1_delta", "dpfp1_fwm", "tanh_fwm"]
+    "name", ["softmax", "elu_sum", "favor128_sum", "dpfp1_delta", "dpfp1_fwm", "tanh_fwm"]
 )
 def test_a_model_by_the_equations(name):
     model, size = retrieval.Model.of(name), 24  # in setting 2, two blocks of 24 pairs
@@ -137,6 +138,71 @@ def test_a_model_by_the_equations(name):
         sequence = batch.keys[b], batch.values[b], batch.queries[b, 0]
         expected = by_the_equations(name, p, *sequence, directions)
         np.testing.assert_allclose(actual[b, 0], expected, atol=1e-5)
+
+
+OWN = """
+import jax
+import jax.numpy as jnp
+
+from configs.retrieval import get_config
+from fwm.ops import FEATURE_MAPS, UPDATE_RULES, FeatureMap, Input, Rule
+
+WIDTH = 24
+FEATURE_MAPS["learned"] = FeatureMap(
+    lambda options: lambda x, w, shift: jax.nn.relu(x @ w) + shift,
+    parameters={"w": lambda key, o: jax.random.normal(key, (o.d_head, WIDTH)) / o.d_head**0.5},
+    draws={"shift": lambda key, o: 1e-3 * jax.random.uniform(key)},
+)
+
+
+def step(w, k, v, gate, decay):
+    return decay[..., None] * w + (gate[..., None] * k)[..., :, None] * v[..., None, :]
+
+
+def key_sums(k, before, gate, decay, *, last):
+    return jax.lax.fori_loop(
+        0, k.shape[1], lambda t, z: decay[:, t] * z + gate[:, t, :, None] * k[:, t], before
+    )
+
+
+GATE = Input("gate", jax.nn.sigmoid)
+DECAY = Input("decay", lambda x: jax.nn.sigmoid(x + 5), per_key=True)
+UPDATE_RULES["gated_sum"] = Rule(step, (GATE, DECAY), key_sums=key_sums)
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A config file that has registered a map and a rule."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    runpy.run_path(path)
+    yield path
+    del ops.FEATURE_MAPS["learned"], ops.UPDATE_RULES["gated_sum"]
+
+
+def test_an_own_map_and_an_own_rule_train(own, tmp_path):
+    name = "learned_gated_sum"
+    params = retrieval.init(KEY, retrieval.Model.of(name), 10)
+    assert params["decay"]["kernel"].shape == (32, 24)
+    batch = retrieval.training_batch(KEY, "capacity", 10, 4)
+    loss = lambda params: retrieval.loss(retrieval.Model.of(name), params, batch, 10, KEY)
+    for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        assert jnp.any(gradient != 0), path
+    models = (name, "learned_delta")  # in processes of their own, which run the file, too
+    fields = {"models": models, "max_step": 200, "workers": 2, "registered_in": str(own)}
+    experiment.run(options(**fields), tmp_path)
+    losses = {}
+    for row in experiment.read_log(tmp_path / "evaluations.csv"):
+        losses.setdefault(row.model, []).append(row.train_loss)
+    assert set(losses) == set(models)
+    assert all(late < early < 0.6 for early, late in losses.values())
+
+
+def test_a_name_is_read_by_the_tables():
+    assert retrieval.Model.of("favor12_delta")[1:5] == ("favor", "delta", 12, 12)
+    elu, linear = (retrieval.Model.of(f"{name}_sum") for name in ("elu", "linear"))
+    assert retrieval.MAPS[elu.feature_map] is retrieval.MAPS[linear.feature_map]
 
 
 def test_initial_parameters():
@@ -346,7 +412,7 @@ def test_configs_are_the_paper_s():
         config.get_config("a")
     for setting, models in report.PUBLISHED.items():
         c = config.get_config(setting)
-        assert set(c.models) == set(models)
+        assert c.models == tuple(models)
         assert (c.batch_size, c.lr, c.max_step) == (32, 1e-3, 100_000)
         assert json.dumps(c.sizes) == json.dumps(
             list(range(20, 601 if setting == "capacity" else 201, 20))

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fwm.ops.recurrent import delta_step
+
 
 def read_weights(
     q: Float[Array, "B N K"],
@@ -74,14 +76,20 @@ def _read_delta_backward(kept, cotangents):
 _read_delta.defvjp(_read_delta_forward, _read_delta_backward)
 
 
+def bounded_delta_step(w: Array, k: Array, v: Array, beta: Array) -> Array:
+    """W + beta k (v - W^T k)^T, divided by max(|W|_F, 1), each head by itself."""
+    w = delta_step(w, k, v, beta)
+    return w / jnp.sqrt(jnp.maximum(jnp.sum(w * w, axis=(-2, -1), keepdims=True), 1.0))
+
+
 def bounded_delta_rule(
     k: Float[Array, "B T N K"], v: Float[Array, "B T N V"], beta: Float[Array, "B T N"]
 ) -> Float[Array, "B N K V"]:
     """The final state of the fast weight memory of Schlag et al. 2021 (arXiv 2011.07831).
 
-    From W = 0, at every token W <- W + beta_t k_t (v_t - W^T k_t)^T, then W <- W / max(|W|_F, 1),
-    each head by itself. (The synthetic experiments' published code does not divide after the very
-    first token.) Reads nothing on the way; accumulates in float32 at least.
+    From W = 0, at every token `bounded_delta_step`. (The synthetic experiments' published code does
+    not divide after the very first token.) Reads nothing on the way; accumulates in float32 at
+    least.
 
     By chunks, in which W_t = c W + sum_(s <= t) c_s k_s e_s^T with W the state before the chunk: a
     token needs W^T k_t, from one matmul for the whole chunk, the overlaps k_s . k_t, and the norm,

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import runpy
 import threading
 import time
 from collections import defaultdict
@@ -76,7 +77,7 @@ def _run(config, workdir):
             min(len(jobs), config["workers"]),
             multiprocessing.get_context("spawn"),
             begin_worker,
-            (n_thread,),
+            (n_thread, config["registered_in"]),
         ) as pool:
             try:
                 list(pool.map(train, jobs))
@@ -124,14 +125,19 @@ def _same_training(config, path):
         )
 
 
-def begin_worker(n_thread: int) -> None:
-    """A worker takes its share of the cores, and ends with the process that has started it."""
+def begin_worker(n_thread: int, registered_in: str = "") -> None:
+    """A worker takes its share of the cores, and ends with the process that has started it.
+
+    `registered_in`: the user's config file, where that registers something: it is run here, too.
+    """
     # Read by XLA's backends when they start, after this.
     os.environ["PJRT_NPROC"] = str(n_thread)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share one GPU
 
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if registered_in:
+        runpy.run_path(registered_in)
 
 
 def _end_with(parent):

@@ -4,7 +4,10 @@ Axis letters: B batch, T pairs in a sequence, Q queries, K key features, S disti
 """
 
 import functools
+import itertools
 import re
+from collections import ChainMap
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,30 +17,36 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from fwm import ops, optimizer
 from fwm.errors import UserError
+from fwm.ops import chunks
+from fwm.ops.read_out import bounded_delta_step
+from fwm.ops.rules import DELTA, SUM
 
 D_KEY = 64
 EVAL_SEQUENCES, EVAL_QUERIES, EVAL_INTERVAL = 20, 200, 100
 SETTINGS = ("capacity", "update_rule")
-MAPS = {
-    "linear": lambda x, size, projection: ops.elu_plus_one(x),
-    "dpfp": lambda x, size, projection: ops.dpfp(x, size),
-    "favor": lambda x, size, projection: ops.favor(x, projection, eps=0.0),
-    "tanh": lambda x, size, projection: jnp.tanh(x),
-}
-MEMORIES = {
-    "sum": lambda k, v, beta: ops.sum_rule(k, k, v)[1],
-    "delta": lambda k, v, beta: ops.delta_rule(k, k, v, beta)[1],
-    "fwm": ops.bounded_delta_rule,
-}
+# FAVOR+ as in the paper's code: no eps; the directions, here rows, are orthogonal in blocks of 64.
+FAVOR = ops.FEATURE_MAPS["favor"]._replace(
+    of=lambda o: functools.partial(ops.favor, eps=0.0),
+    draws={"projection": lambda key, o: ops.favor_projection(key, o.performer_proj_dim, D_KEY).T},
+)
+# What is named only here, before all that is registered.
+MAPS = ChainMap({"linear": ops.FEATURE_MAPS["elu"], "favor": FAVOR}, ops.FEATURE_MAPS)
+FWM = ops.Rule(bounded_delta_step, DELTA.inputs)
+RULES = ChainMap({"fwm": FWM}, ops.UPDATE_RULES)
 
 
 class Model(NamedTuple):
-    """A composition by its name: softmax, or <map><nu or m>_<rule> as in dpfp2_delta."""
+    """A composition by its name: softmax, or <map><nu or m>_<rule> as in dpfp2_delta.
+
+    The last three fields are the options of the feature map.
+    """
 
     name: str
     feature_map: str
-    size: int
     rule: str
+    dpfp_n_roll: int = 1
+    performer_proj_dim: int = 1
+    d_head: int = D_KEY
 
     @classmethod
     def of(cls, name: str) -> "Model":
@@ -47,15 +56,28 @@ class Model(NamedTuple):
             UserError: it is no model.
         """
         if name == "softmax":
-            return cls(name, "", 0, name)
-        match = re.fullmatch(r"(linear|tanh|dpfp(?=[1-9])|favor(?=[1-9]))(\d*)_(\w+)", name)
-        if not match or match[3] not in MEMORIES or (match[2] and match[1] in ("linear", "tanh")):
-            raise UserError(
-                f"unknown retrieval model {name!r}: expected softmax, or a feature map (linear, "
-                "tanh, dpfp<nu>, favor<m>), an underscore and a rule (sum, delta, fwm), as in "
-                "dpfp2_delta."
-            )
-        return cls(name, match[1], int(match[2] or 0), match[3])
+            return cls(name, "identity", name)
+        for feature_map, rule in itertools.product(MAPS, RULES):
+            number = "([1-9][0-9]*)" if _has_number(feature_map) else "()"
+            match = re.fullmatch(f"{re.escape(feature_map)}{number}_{re.escape(rule)}", name)
+            if match:
+                return cls(name, feature_map, rule, *[int(match[1] or 1)] * 2)
+        known = ", ".join(x + "<number>" * _has_number(x) for x in MAPS)
+        raise UserError(
+            f"unknown retrieval model {name!r}: expected softmax, or a feature map ({known}), an "
+            f"underscore and a rule ({', '.join(RULES)}), as in dpfp2_delta."
+        )
+
+    @property
+    def inputs(self) -> tuple[ops.Input, ...]:
+        """What its rule reads besides keys and values."""
+        return () if self.rule == "softmax" else RULES[self.rule].inputs
+
+
+def _has_number(feature_map):
+    """Whether the map's label depends on one of the options that a model's number sets."""
+    label = MAPS[feature_map].label
+    return label(Model("", "", "", 1, 1)) != label(Model("", "", "", 2, 2))
 
 
 class Batch(NamedTuple):
@@ -108,7 +130,8 @@ def init(key: Key[Array, ""], model: Model, size: int) -> dict:
     The paper's table has 2 S key embeddings, of which S are never used.
     """
     width = int(2.2 * size)
-    keys = jax.random.split(key, 4)
+    inputs, own = model.inputs, MAPS[model.feature_map].parameters
+    keys = jax.random.split(key, max(4, 3 + len(inputs) + len(own)))
 
     def layer(key, n_in, n_out, bound):
         kernel_key, bias_key = jax.random.split(key)
@@ -125,85 +148,127 @@ def init(key: Key[Array, ""], model: Model, size: int) -> dict:
         "k": layer(keys[1], n_in, D_KEY, bound(n_in)),
         "q": layer(keys[2], width, D_KEY, bound(width)),
     }
-    if model.rule in ("delta", "fwm"):
-        params["beta"] = layer(keys[3], n_in, 1, n_in**-0.5)
+    for (name, first), own_key in zip(own.items(), keys[3 + len(inputs) :], strict=False):
+        params[f"feature_map_{name}"] = first(own_key, model)
+    features = lambda x: _features(model, params, key)(x)
+    n_key = jax.eval_shape(features, jnp.zeros(D_KEY)).shape[-1]
+    for i, input_key in zip(inputs, keys[3:], strict=False):
+        params[i.name] = layer(input_key, n_in, n_key if i.per_key else 1, n_in**-0.5)
     return params
+
+
+def _features(model: Model, params: dict, key: Key[Array, ""]) -> Callable[[Array], Array]:
+    """The feature map with its parameters, and with what it draws, drawn anew."""
+    feature_map = MAPS[model.feature_map]
+    arrays = {name: params[f"feature_map_{name}"] for name in feature_map.parameters}
+    for i, (name, draw) in enumerate(feature_map.draws.items()):
+        arrays[name] = draw(jax.random.fold_in(key, i) if i else key, model)
+    return functools.partial(feature_map.of(model), **arrays)
 
 
 def answers(
     model: Model, params: dict, batch: Batch, size: int, key: Key[Array, ""]
 ) -> Float[Array, "B Q S"]:
-    """What the model reads for each query; `key` draws the projection of FAVOR+."""
+    """What the model reads for each query; `key` draws what its feature map draws (FAVOR+)."""
     embedding = params["embedding"]
     tables = {  # of values and of keys: there are fewer of them than pairs
         name: (params[name]["kernel"][:size], embedding @ params[name]["kernel"][size:])
-        for name in ("k", "beta")
-        if name in params
+        for name in ("k", *(i.name for i in model.inputs))
     }
 
-    def layer(name, keys, values):
+    def project(name, keys, values):
         value_table, key_table = tables[name]
         return value_table[values] + key_table[keys] + params[name]["bias"][None, None]
 
+    features = _features(model, params, key)
     q = (embedding @ params["q"]["kernel"])[batch.queries] + params["q"]["bias"][None, None]
-    if model.rule == "softmax":
-        k = layer("k", batch.keys, batch.values)
-        weights = jax.nn.softmax(jnp.einsum("bqd,btd->bqt", q, k) / D_KEY**0.5)
-        if q.shape[1] == 1:
-            return _weighted(weights[:, 0], batch.values, size)[:, None]
-        return jnp.einsum("bqt,bts->bqs", weights, jax.nn.one_hot(batch.values, size))
-
-    projection = None
-    if model.feature_map == "favor":  # the directions, here rows, are orthogonal in blocks of 64
-        projection = ops.favor_projection(key, model.size, D_KEY).T
-    features = functools.partial(MAPS[model.feature_map], size=model.size, projection=projection)
-
-    def pairs(keys, values):  # features of the keys [B, T, 1, K], write strengths [B, T, 1]
-        k = features(layer("k", keys, values))
-        k = ops.sum_normalize(k) if model.rule == "delta" else k
-        beta = jax.nn.sigmoid(layer("beta", keys, values)) if "beta" in params else None
-        return k[:, :, None], beta
-
     q = features(q)
-    if q.shape[1] == 1 and model.rule != "fwm":
-        weights = _read(pairs, q, batch.keys, batch.values)
-        out = _weighted(weights, batch.values, size)[:, None]
-        total = weights.sum(axis=1)[:, None]  # of the sum rule, q . sum_t k_t
-    else:  # many queries, or a memory that must be looked at: the memory itself
-        k, beta = pairs(batch.keys, batch.values)
-        memory = MEMORIES[model.rule](k, jax.nn.one_hot(batch.values, size)[:, :, None], beta)
-        out = jnp.einsum("bqk,bks->bqs", q, memory[:, 0])
-        total = jnp.einsum("bqk,bk->bq", q, k[:, :, 0].sum(axis=1))
-    if model.rule == "fwm":
+    if model.rule == "softmax":
+        return read_softmax(q, project("k", batch.keys, batch.values), batch.values, size)
+    rule = RULES[model.rule]
+    norm = ops.KEY_NORMS[rule.key_norm]
+
+    def written(keys, values):
+        """What the rule reads of pairs: keys [B, T, 1, K], and besides [B, T, 1, ...]."""
+        k = norm(features(project("k", keys, values)))
+        inputs = ((i, i.activation(project(i.name, keys, values))) for i in rule.inputs)
+        return k[:, :, None], *(x[:, :, None] if i.per_key else x for i, x in inputs)
+
+    by_sum = rule.key_norm == "sum"  # of the query only after the read, with an eps
+    q = q if by_sum else norm(q)
+    total: Array | None
+    if q.shape[1] == 1 and rule in (SUM, DELTA):
+        out, total = read_by_weights(written, q, batch, size)
+    else:
+        out, total = read_memory(rule, written, q, batch, size)
+    if rule == FWM:
         return jax.nn.standardize(out, epsilon=1e-5)
-    total = q.sum(axis=-1) if model.rule == "delta" else total
-    return out / (total[..., None] + 1e-6)
+    divisor = q.sum(axis=-1) if by_sum else total
+    return out if divisor is None else out / (divisor[..., None] + 1e-6)
 
 
-def _read(pairs, q, keys, values):
-    """The weights of the values [B, T] for one query each [B, 1, K], by blocks of pairs.
+def read_softmax(
+    q: Float[Array, "B Q D"], k: Float[Array, "B T D"], values: Int[Array, "B T"], size: int
+) -> Float[Array, "B Q S"]:
+    """Softmax attention."""
+    weights = jax.nn.softmax(jnp.einsum("bqd,btd->bqt", q, k) / D_KEY**0.5)
+    if q.shape[1] == 1:
+        return _weighted(weights[:, 0], values, size)
+    return jnp.einsum("bqt,bts->bqs", weights, jax.nn.one_hot(values, size))
 
-    The features of a block stay in the cache, and are computed again in the backward pass: on
-    CPU half the time of all at once.
+
+def read_by_weights(
+    written: Callable[..., tuple], q: Float[Array, "B 1 K"], batch: Batch, size: int
+) -> tuple[Float[Array, "B 1 S"], Float[Array, "B 1"]]:
+    """One query without the memory, from what each value weighs: sum and delta rule.
+
+    By blocks of pairs: the features of a block stay in the cache, and are computed again in the
+    backward pass: on CPU half the time of all at once.
+
+    Returns:
+        What the memory answers; the sum of the weights, for the sum rule q . sum_t k_t.
     """
-    n_batch, length = keys.shape
+    n_batch, length = batch.keys.shape
     block = max(n for n in range(1, 41) if length % n == 0)
     block = block if block >= 10 else length
 
     @jax.checkpoint
     def read(q, tokens):
-        weights, q = ops.read_weights(q, *pairs(*tokens))
+        weights, q = ops.read_weights(q, *written(*tokens))
         return q, weights[:, :, 0]
 
-    blocks = (x.reshape(n_batch, -1, block).swapaxes(0, 1) for x in (keys, values))
-    _, weights = jax.lax.scan(read, q, tuple(blocks), reverse=True)
-    return weights.swapaxes(0, 1).reshape(n_batch, length)
+    pairs = (batch.keys, batch.values)
+    blocks = tuple(x.reshape(n_batch, -1, block).swapaxes(0, 1) for x in pairs)
+    _, weights = jax.lax.scan(read, q, blocks, reverse=True)
+    weights = weights.swapaxes(0, 1).reshape(n_batch, length)
+    return _weighted(weights, batch.values, size), weights.sum(axis=1)[:, None]
+
+
+def read_memory(
+    rule: ops.Rule, written: Callable[..., tuple], q: Float[Array, "B Q K"], batch: Batch, size: int
+) -> tuple[Float[Array, "B Q S"], Float[Array, "B Q"] | None]:
+    """Any number of queries, any rule: the memory itself.
+
+    Returns:
+        What it answers; q times the rule's sum of the keys, None where it has none.
+    """
+    k, *inputs = written(batch.keys, batch.values)
+    v = jax.nn.one_hot(batch.values, size)[:, :, None]
+    if rule == FWM:
+        memory = ops.bounded_delta_rule(k, v, *inputs)
+    else:
+        _, memory = chunks.run(rule, k, k, v, tuple(inputs))
+    out = jnp.einsum("bqk,bks->bqs", q, memory[:, 0])
+    if rule.key_sums is None:
+        return out, None
+    key_sum = rule.key_sums(k, jnp.zeros_like(k[:, 0]), *inputs, last=True)
+    return out, jnp.einsum("bqk,bk->bq", q, key_sum[:, 0])
 
 
 def _weighted(weights, values, size):
-    """The sum [B, S] of one-hot values [B, T] with weights [B, T]."""
+    """The sum [B, 1, S] of one-hot values [B, T] with weights [B, T]."""
     rows = jnp.arange(len(values))[:, None]
-    return jnp.zeros((len(values), size), weights.dtype).at[rows, values].add(weights)
+    return jnp.zeros((len(values), size), weights.dtype).at[rows, values].add(weights)[:, None]
 
 
 def loss(

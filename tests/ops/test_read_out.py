@@ -7,6 +7,7 @@ import pytest
 from conftest import exact, make_inputs, relative_error, results
 
 from fwm.ops import bounded_delta_rule, read_weights, recurrent, sum_normalize
+from fwm.ops.read_out import bounded_delta_step
 
 KEYS = ["simplex", "nearly_equal", "rescaled"]
 
@@ -63,17 +64,8 @@ def test_a_read_can_be_split():
 
 def bounded_by_token(k, v, beta):
     """The definition, one token at a time; and no second result, as zero."""
-
-    def step(w, token):
-        k, v, beta = token
-        error = v - jnp.einsum("bnk,bnkv->bnv", k, w, precision="highest")
-        w = w + beta[..., None, None] * k[..., :, None] * error[..., None, :]
-        square = jnp.sum(w * w, axis=(2, 3), keepdims=True)
-        return w / jnp.sqrt(jnp.maximum(square, 1.0)), None
-
-    start = jnp.zeros((len(k), *k.shape[2:], v.shape[-1]), v.dtype)
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (k, v, beta))
-    return jax.lax.scan(step, start, tokens)[0], jnp.zeros(())
+    _, weights = recurrent.scan_tokens(bounded_delta_step, k, k, v, (beta,))
+    return weights, jnp.zeros(())
 
 
 @pytest.mark.parametrize(
