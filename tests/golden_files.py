@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fwm.interop import from_lmtool
 from fwm.model import LanguageModel
@@ -13,9 +14,13 @@ GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 
 
-def files(*kinds: str) -> list[str]:
-    """Names of the files of these kinds."""
-    return [f["file"] for f in MANIFEST["files"] if f["kind"] in kinds]
+def files(*kinds: str) -> list:
+    """Names of the files of these kinds, as parameters of a test; the first of each is quick."""
+    parameters = []
+    for kind in kinds:
+        first, *others = (f["file"] for f in MANIFEST["files"] if f["kind"] == kind)
+        parameters += [pytest.param(first, marks=pytest.mark.quick), *others]
+    return parameters
 
 
 def load(name: str, **changes):

@@ -17,6 +17,8 @@ from real_runs import log
 
 from fwm.files import read_json
 
+pytestmark = pytest.mark.quick  # see .ci/run
+
 FOLDER = Path(__file__).parent / "old_runs"
 RUNS = sorted(path.parent.name for path in FOLDER.glob("*/train.json"))
 SAVED, END = 4, 8

@@ -23,6 +23,8 @@ from fwm.ops import (
     sum_rule,
 )
 
+pytestmark = pytest.mark.quick  # see .ci/run
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("op_sum_*.npz")) + sorted(GOLDEN.glob("op_delta_*.npz"))
 FAST = {"sum": sum_rule, "delta": delta_rule}

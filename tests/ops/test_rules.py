@@ -15,6 +15,8 @@ from fwm import registry
 from fwm.errors import UserError
 from fwm.ops import UPDATE_RULES, Chunked, Input, Rule, chunks, fast_weight_attention, recurrent
 
+pytestmark = pytest.mark.quick  # see .ci/run
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_rule.py"
 
 

@@ -10,6 +10,8 @@ from reports import make, run
 from fwm.errors import UserError
 from fwm.reporting import compare
 
+pytestmark = pytest.mark.quick  # see .ci/run
+
 
 def test_compare(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"

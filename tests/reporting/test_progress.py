@@ -9,6 +9,8 @@ from configs import default
 from fwm import parallel
 from fwm.reporting import Progress, Reporter
 
+pytestmark = pytest.mark.quick  # see .ci/run
+
 
 @pytest.mark.parametrize(
     ("log_interval", "eval_interval", "left"), [(5, 1, 7), (5, 2, 5), (1, 5, 7), (5, 5, 5)]

@@ -17,6 +17,8 @@ from reports import events, make, rows, run
 from fwm.reporting import parameter_table
 from fwm.reporting import reporter as reporter_room
 
+pytestmark = pytest.mark.quick  # see .ci/run
+
 
 class Terminal(io.StringIO):
     def isatty(self):

@@ -17,6 +17,8 @@ import main
 from fwm.errors import UserError
 from fwm.reporting import EventWriter
 
+pytestmark = pytest.mark.quick  # see .ci/run
+
 
 def fake_wandb(monkeypatch, offline_only=False):
     calls: list[tuple] = []

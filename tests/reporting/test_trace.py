@@ -5,8 +5,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from fwm.reporting import Trace
+
+pytestmark = pytest.mark.quick  # see .ci/run
 
 
 def test_traces_that_cannot_be_written_cost_warnings(tmp_path):
