@@ -30,8 +30,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _hook = install_import_hook("fwm", "beartype.beartype")
 
 
+# What takes longest is begun first, so that two workers end together.
+LONGEST = (
+    "test_survival.py::test_killed",
+    "test_distributed.py::test_two_processes",
+    "test_notebooks.py::test_runs_from_top_to_bottom",
+    "test_retrieval.py::test_an_interrupt",
+    "::test_real_wandb",
+)
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="of test_survival.py's training run")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """The notebooks run from top to bottom, and what is committed of them is a whole, clean run."""
 
 import copy
-import os
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from real_runs import on_devices
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -15,14 +15,16 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE = re.compile(r"(?<![\w./:<])/\w[\w.-]*/\w")
 
 
-def execute(notebook, folder, **env):
+def execute(notebook, folder):
     """Run a copy in a kernel of its own, trainings shortened; a cell that fails raises."""
     notebook = copy.deepcopy(notebook)
     client = NotebookClient(
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
-    # The tests' XLA flags compile fast and compute slowly, on two devices: not as users have it.
-    client.execute(env={**os.environ, "XLA_FLAGS": "", "FWM_NOTEBOOK_STEPS": "30", **env})
+    environment = on_devices(1)
+    # Optimised a little: the trainings of notebooks compute more than other tests.
+    environment["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
+    client.execute(env={**environment, "FWM_NOTEBOOK_STEPS": "10"})
     return notebook
 
 
@@ -69,8 +71,7 @@ def test_what_is_committed_is_a_whole_clean_run(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
-    # What a notebook compiles more than once is compiled once.
-    executed = execute(notebook, path.parent, JAX_COMPILATION_CACHE_DIR=str(tmp_path))
+    executed = execute(notebook, path.parent)
     assert problems(executed) == []
     assert figures(executed) == figures(notebook)
 
