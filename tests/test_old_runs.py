@@ -40,20 +40,15 @@ def test_goes_on_and_is_evaluated_as_before(name, place, tmp_path):
     places = [f"--config.data.dir={FOLDER / 'text'}", f"--config.data.cache_dir={place / 'cache'}"]
     expected = read_json(old / "expected_results.json")
 
-    def evaluate(step):
-        status, _, err = call(
-            "--mode=valid,eval", f"--workdir={run}", f"--config.eval.checkpoint={step}", *places
-        )
+    def evaluate(step, mode, split):
+        checkpoint = f"--config.eval.checkpoint={step}"
+        status, _, err = call(f"--mode={mode}", f"--workdir={run}", checkpoint, *places)
         assert status == 0, err
-        for split, by_step in expected.items():
-            result = read_json(run / f"{split}_results.json")
-            for key in ("protocol", "tokens"):
-                assert result[key] == by_step[str(step)][key]
-            np.testing.assert_allclose(
-                result["mean_nll"], by_step[str(step)]["mean_nll"], rtol=0, atol=2e-6
-            )
+        result, then = read_json(run / f"{split}_results.json"), expected[split][str(step)]
+        assert (result["protocol"], result["tokens"]) == (then["protocol"], then["tokens"])
+        np.testing.assert_allclose(result["mean_nll"], then["mean_nll"], rtol=0, atol=2e-6)
 
-    evaluate(SAVED)
+    evaluate(SAVED, "valid", "valid")
     trained = json.loads((old / "train.json").read_text())
     settings = [f"--config.{key}={value}" for key, value in trained["settings"].items()]
     status, out, err = call(
@@ -70,4 +65,4 @@ def test_goes_on_and_is_evaluated_as_before(name, place, tmp_path):
     ]
     losses = [[float(row["loss"]) for row in rows] for rows in (ours, theirs)]
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
-    evaluate(END)
+    evaluate(END, "eval", "test")
