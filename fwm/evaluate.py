@@ -196,9 +196,7 @@ class PartialFile:
             score = Score(float(saved["total_nll"]), int(saved["count"]))
             expected, position = int(saved["expected"]), int(saved["position"])
             sums = {
-                name.removeprefix("sum_"): float(value)
-                for name, value in saved.items()
-                if name.startswith("sum_")
+                k.removeprefix("sum_"): float(x) for k, x in saved.items() if k.startswith("sum_")
             }
         except DAMAGED as error:
             raise UserError(

@@ -188,7 +188,6 @@ class SlidingWindow(ScoringProtocol):
     unit = "windows"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be scored."""
         if self.window < 1:
             raise UserError(f"window must be at least 1 token, got {self.window}.")
         if not 1 <= self.stride <= self.window:
@@ -288,7 +287,6 @@ class CarryOver(ScoringProtocol):
     unit = "tokens"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be scored."""
         if self.segment < 1:
             raise UserError(f"segment must be at least 1 token, got {self.segment}.")
         _columns(self.tokens, self.batch_size, self.split_stream)
