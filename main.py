@@ -60,10 +60,8 @@ def _describe(config: ConfigDict) -> str:
     learned = config.data.name.replace(":", "-") if config.task == "text" else config.task
     mixer = build_config(m.to_dict(), n_token=2**31 - 1).make_mixer()  # of any vocabulary
     parts = [learned, *mixer.name_parts(m.mixer)]
-    parts += (
-        [m.norm] * (m.norm != "post") + ["nopos"] * m.no_pos + ["carry"] * t.carry_over_fast_weight
-    )
-    parts += [f"mem{m.mem_len}"] * bool(m.mem_len)
+    parts += [m.norm] * (m.norm != "post") + ["nopos"] * m.no_pos
+    parts += ["carry"] * t.carry_over_fast_weight + [f"mem{m.mem_len}"] * bool(m.mem_len)
     parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]
     parts += [f"len{t.tgt_len}", f"bs{t.batch_size}", f"lr{t.lr:g}", f"steps{t.max_step}"]
     parts += [f"drop{m.dropout:g}", f"seed{config.seed}"]

@@ -13,6 +13,7 @@ Layout of a workdir, as far as this file goes (JSON and arrays only, nothing is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -43,10 +44,7 @@ Which = Literal["latest", "best"] | int
 @contextlib.contextmanager
 def _orbax_log_silenced() -> Iterator[None]:
     """An error comes back as exception; Orbax would also log several tracebacks of each."""
-
-    def from_elsewhere(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
-
+    from_elsewhere = lambda record: "orbax" not in record.pathname
     logger = logging.getLogger("absl")
     logger.addFilter(from_elsewhere)
     try:
@@ -55,8 +53,7 @@ def _orbax_log_silenced() -> Iterator[None]:
         logger.removeFilter(from_elsewhere)
 
 
-def _blake2b() -> Any:
-    return hashlib.blake2b(digest_size=16)
+_blake2b = functools.partial(hashlib.blake2b, digest_size=16)
 
 
 def _checksums(directory: Path) -> dict[str, str]:
@@ -73,9 +70,7 @@ def _checksums(directory: Path) -> dict[str, str]:
 
 def _own_checksum(sums: Mapping[str, Any]) -> str:
     others = {name: checksum for name, checksum in sums.items() if name != CHECKSUMS}
-    digest = _blake2b()
-    digest.update(json.dumps(others).encode())
-    return str(digest.hexdigest())
+    return _blake2b(json.dumps(others).encode()).hexdigest()
 
 
 def _flat(tree: PyTree) -> dict[str, str]:
@@ -220,9 +215,8 @@ class Checkpoints:
                 for name in differing[:3]
             )
             raise UserError(
-                f"Checkpoint {step} in {self._directory} does not fit this run in "
-                f"{len(differing)} arrays ({listed}): use the settings it was trained with or "
-                "another --workdir."
+                f"Checkpoint {step} in {self._directory} does not fit this run in {len(differing)} "
+                f"arrays ({listed}): use the settings it was trained with or another --workdir."
             )
         return step, self._load(step, template)
 
@@ -336,9 +330,7 @@ class Checkpoints:
         (self._directory / SAVING).unlink()
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        def loss(metrics: Mapping[str, float]) -> float:
-            return metrics.get("valid_loss", math.inf)
-
+        loss = lambda metrics: metrics.get("valid_loss", math.inf)
         managers = ocp.checkpoint_managers
         best = managers.BestN(
             get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False

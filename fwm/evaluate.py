@@ -4,6 +4,7 @@ How a model is scored is said in `fwm.score`, whose public names are importable 
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -11,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ from fwm.workdir import restore
 __all__ = ["Score", "automatic_batch_size", "carry_over", "reading", "run", "sliding_window"]
 
 SAID_EVERY, SAVED_EVERY = 10.0, 60.0  # seconds
+# What numpy makes of a damaged file.
+DAMAGED = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def reading(config: Any, n_token: int) -> tuple[ModelConfig, bool, int]:
@@ -48,14 +51,13 @@ def reading(config: Any, n_token: int) -> tuple[ModelConfig, bool, int]:
     Raises:
         UserError: a setting of `config.eval` out of range, or without meaning for the model.
     """
-    c = config
+    e, t = config.eval, config.train
     for name in ("batch_size", "tgt_len", "mem_len", "clamp_len"):
-        if c.eval[name] < 0:
-            raise UserError(f"config.eval.{name} must be 0 or more, got {c.eval[name]}.")
-    overrides = {k: c.eval[k] for k in ("mem_len", "clamp_len") if c.eval[k] > 0}
-    model_config = build_config(c.model.to_dict() | overrides, n_token)
-    carried = model_config.carries(c.train.carry_over_fast_weight)
-    return model_config, carried, c.eval.tgt_len or c.train.tgt_len
+        if e[name] < 0:
+            raise UserError(f"config.eval.{name} must be 0 or more, got {e[name]}.")
+    overrides = {name: e[name] for name in ("mem_len", "clamp_len") if e[name] > 0}
+    model_config = build_config(config.model.to_dict() | overrides, n_token)
+    return model_config, model_config.carries(t.carry_over_fast_weight), e.tgt_len or t.tgt_len
 
 
 def run(
@@ -78,12 +80,11 @@ def run(
                 "with commas between them."
             )
     results = []
-    for split in splits:
-        for which in names:
-            result = _score_one(config, workdir, split, which, report)
-            if result is None:
-                return None
-            results.append(result)
+    for split, which in itertools.product(splits, names):
+        result = _score_one(config, workdir, split, which, report)
+        if result is None:
+            return None
+        results.append(result)
     return results
 
 
@@ -92,90 +93,64 @@ def _score_one(
 ) -> dict | None:
     """Score one checkpoint on one split and write its results; None after Ctrl-C."""
     say: Callable[[str], None] = lambda line: report(f"{split}: {line}")
-    read = _read(config, workdir, split, which, report)
+    vocab = data.Vocabulary.load(workdir / "vocab.txt")
+    task = TASKS[config.task](config, (split,), vocab)
+    for warning in task.warnings:
+        report(f"warning: {warning}")
+    model_config, _, _ = reading(config, len(vocab))
+    step, variables = restore(workdir, which, report)
+    protocol = task.protocol(config, LanguageModel(model_config), variables, split)
     started = time.monotonic()
-    kept = PartialFile(workdir / f"{split}_partial.npz", _key(config, read))
-    done = kept.load(read.protocol.empty())
+    # What decides a total to the last digit; a partial one goes on only with the same.
+    key = {
+        "step": step,
+        "data": config.data.name,
+        "devices": jax.local_device_count(),
+        "dtype": config.model.dtype,
+        **protocol.key(),
+        **config.eval.to_dict(),
+    }
+    kept = PartialFile(workdir / f"{split}_partial.npz", key)
+    done = kept.load(protocol.empty())
     if done is not None:
         say(f"going on after {done.score.count} of {done.expected} tokens.")
-    last = _watched(read.protocol, done, kept, say)
+    last = _watched(protocol, done, kept, say)
     if last is None:
         return None
     score = finish([last])
     kept.path.unlink(missing_ok=True)
     sums = {"nll": score.total_nll, "count": score.count, **last.sums}
     # The loss is the mean nll, which all results have.
-    metrics = {name: x for name, x in read.task.metrics(sums).items() if name != "loss"}
+    metrics = {name: x for name, x in task.metrics(sums).items() if name != "loss"}
     seconds = round(time.monotonic() - started, 3)
-    results = _results(config, split, read, score, seconds) | metrics
-    several = "," in config.eval.checkpoint
-    path = workdir / f"{split}_results{f'_{read.step}' if several else ''}.json"
-    write_json(path, results)
-    unit = "character" if read.task.unit == "character" else "token"
-    say(
-        f"perplexity {score.perplexity:.3f}, {score.bits_per_token:.4f} bits per {unit}"
-        + "".join(f", {name} {value:.4f}" for name, value in metrics.items())
-        + f" over {score.count} tokens, checkpoint of step {read.step}, {seconds:.1f} s; {path}"
-    )
-    return results
-
-
-class Read(NamedTuple):
-    """A trained run, ready to be scored on one split."""
-
-    task: Any
-    model_config: ModelConfig
-    protocol: ScoringProtocol
-    step: int
-
-
-def _read(
-    config: Any, workdir: Path, split: str, which: str, report: Callable[[str], None]
-) -> Read:
-    vocab = data.Vocabulary.load(workdir / "vocab.txt")
-    task = TASKS[config.task](config, (split,), vocab)
-    for warning in task.warnings:
-        report(f"warning: {warning}")
-    model_config = reading(config, len(vocab))[0]
-    step, variables = restore(workdir, which, report)
-    protocol = task.protocol(config, LanguageModel(model_config), variables, split)
-    return Read(task, model_config, protocol, step)
-
-
-def _key(config: Any, read: Read) -> dict[str, Any]:
-    """What decides a total to the last digit; a partial one goes on only with the same."""
-    return {
-        "step": read.step,
-        "data": config.data.name,
-        "devices": jax.local_device_count(),
-        "dtype": config.model.dtype,
-        **read.protocol.key(),
-        **config.eval.to_dict(),
-    }
-
-
-def _results(config: Any, split: str, read: Read, score: Score, seconds: float) -> dict[str, Any]:
-    """What the results file says of a score, and of how it was found."""
-    return {
+    results = {
         "split": split,
-        "protocol": read.protocol.name,
-        **read.protocol.settings(),
-        "mem_len": read.model_config.mem_len,
-        "clamp_len": read.model_config.clamp_len,
+        "protocol": protocol.name,
+        **protocol.settings(),
+        "mem_len": model_config.mem_len,
+        "clamp_len": model_config.clamp_len,
         "batch_size": config.eval.batch_size,
         "split_stream": config.eval.split_stream,
         "tokens": score.count,
         "mean_nll": score.mean_nll,
         "perplexity": score.perplexity,
         "bits_per_token": score.bits_per_token,
-        "unit": read.task.unit,
-        "checkpoint_step": read.step,
+        "unit": task.unit,
+        "checkpoint_step": step,
         "seconds": seconds,
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        **metrics,
     }
-
-
-# --- on the way -----------------------------------------------------------------------------------
+    several = "," in config.eval.checkpoint
+    path = workdir / f"{split}_results{f'_{step}' if several else ''}.json"
+    write_json(path, results)
+    unit = "character" if task.unit == "character" else "token"
+    say(
+        f"perplexity {score.perplexity:.3f}, {score.bits_per_token:.4f} bits per {unit}"
+        + "".join(f", {name} {value:.4f}" for name, value in metrics.items())
+        + f" over {score.count} tokens, checkpoint of step {step}, {seconds:.1f} s; {path}"
+    )
+    return results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,18 +196,9 @@ class PartialFile:
             score = Score(float(saved["total_nll"]), int(saved["count"]))
             expected, position = int(saved["expected"]), int(saved["position"])
             sums = {
-                name.removeprefix("sum_"): float(value)
-                for name, value in saved.items()
-                if name.startswith("sum_")
+                k.removeprefix("sum_"): float(x) for k, x in saved.items() if k.startswith("sum_")
             }
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
+        except DAMAGED as error:
             raise UserError(
                 f"{self.path} is damaged ({error}): remove it to score from the start."
             ) from error
@@ -240,10 +206,7 @@ class PartialFile:
 
 
 def _watched(
-    protocol: ScoringProtocol,
-    done: Partial | None,
-    kept: PartialFile,
-    say: Callable[[str], None],
+    protocol: ScoringProtocol, done: Partial | None, kept: PartialFile, say: Callable[[str], None]
 ) -> Partial | None:
     """The last partial score; every now and then it is reported and saved; None after Ctrl-C."""
     started = said = saved = time.monotonic()
@@ -257,7 +220,12 @@ def _watched(
             if now - said >= SAID_EVERY:
                 said = now
                 position = partial.position - (done.position if done else 0)
-                say(_progress(partial, position / (now - started), protocol.unit))
+                speed, score = position / (now - started), partial.score
+                left = partial.position * (partial.expected / score.count - 1) / speed
+                say(
+                    f"{score.count} of {partial.expected} tokens, {speed:.1f} {protocol.unit}/s, "
+                    f"perplexity so far {score.perplexity:.2f}, {left:.0f} s left"
+                )
     except KeyboardInterrupt:
         if partial is not None:
             kept.save(partial)
@@ -268,13 +236,3 @@ def _watched(
             )
         return None
     return partial
-
-
-def _progress(partial: Partial, speed: float, unit: str) -> str:
-    """How far, how fast, and how long still."""
-    score = partial.score
-    left = partial.position * (partial.expected / score.count - 1) / speed
-    return (
-        f"{score.count} of {partial.expected} tokens, {speed:.1f} {unit}/s, "
-        f"perplexity so far {score.perplexity:.2f}, {left:.0f} s left"
-    )

@@ -37,45 +37,22 @@ PACED = 1000  # A long text's note compares the pace of so many first and last t
 
 
 class Decoder(NamedTuple):
-    """A trained model and how it reads.
-
-    Fields:
-        model: the language model.
-        variables: its parameters and projections, on the device.
-        window: tokens it was trained to see at once.
-        carried: whether it starts from the memory of what came before; else the window slides.
-    """
+    """A trained model and how it reads."""
 
     model: LanguageModel
-    variables: Any
-    window: int
-    carried: bool
+    variables: Any  # on the device
+    window: int  # tokens it was trained to see at once
+    carried: bool  # starts from the memory of what came before; else the window slides
 
 
 class Context(NamedTuple):
-    """What the next word depends on.
+    """What the next word depends on."""
 
-    Fields:
-        memory: of everything before `tokens`; None where the window slides.
-        tokens: the newest ids, filled from the left; right of them anything, as no position sees
-            a later one. Their positions count from the left in training and evaluation too.
-        filled: how many of them are filled.
-    """
-
-    memory: Any
+    memory: Any  # of everything before `tokens`; None where the window slides
+    # The newest ids, `filled` of them from the left; right of these anything, as no position sees
+    # a later one. Their positions count from the left in training and evaluation too.
     tokens: Int[Array, "1 W"]
     filled: Int[Array, ""]
-
-
-def empty_context(decoder: Decoder) -> Context:
-    """The context before the first word."""
-    config = decoder.model.config
-    memory = empty_memory(config, 1) if decoder.carried else None
-    # Absolute positions start anew in every segment, and what Transformer-XL sees reaches back
-    # from the segment's beginning; only for fast weights without positions is one token a segment.
-    one = decoder.carried and config.no_pos
-    tokens = jnp.zeros((1, 1 if one else decoder.window), jnp.int32)
-    return Context(memory, tokens, jnp.zeros((), jnp.int32))
 
 
 def _log_probs(
@@ -109,9 +86,7 @@ def _feed(
 @functools.lru_cache(maxsize=16)
 def _compiled(model: LanguageModel) -> tuple[Callable, Callable]:
     """`_feed`, and a whole segment into the memory."""
-    advance = lambda variables, tokens, memory: model.apply(
-        variables, tokens, memory, method="hidden"
-    )[1]
+    advance = lambda *arguments: model.apply(*arguments, method="hidden")[1]
     return jax.jit(functools.partial(_feed, model)), jax.jit(advance)
 
 
@@ -134,25 +109,23 @@ def begin(
     ids = np.asarray(prompt, np.int32)
     if len(ids) == 0:
         raise UserError("the prompt is empty: expected at least one token.")
-    _, advance = _compiled(decoder.model)
-    context = empty_context(decoder)
+    config, window, memory = decoder.model.config, decoder.window, None
     if decoder.carried:
-        memory = context.memory
-        while len(ids) > decoder.window:
-            segment, ids = ids[: decoder.window], ids[decoder.window :]
-            memory = advance(decoder.variables, jnp.asarray(segment)[None], memory)
-        context = context._replace(memory=memory)
-    else:
-        ids = ids[-decoder.window :]
-    width = context.tokens.shape[1]
-    if width > 1:
-        # Tokens of an unfinished window only have to be put into it.
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, : len(ids) - 1] = ids[:-1]
-        filled = jnp.asarray(len(ids) - 1, jnp.int32)
-        context = context._replace(tokens=jnp.asarray(tokens), filled=filled)
-        ids = ids[-1:]
-    for token in ids:
+        _, advance = _compiled(decoder.model)
+        memory = empty_memory(config, 1)
+        while len(ids) > window:
+            memory = advance(decoder.variables, jnp.asarray(ids[:window])[None], memory)
+            ids = ids[window:]
+    # Absolute positions start anew in every segment, and what Transformer-XL sees reaches back
+    # from the segment's beginning; only for fast weights without positions is one token a segment.
+    width = 1 if decoder.carried and config.no_pos else window
+    # Tokens of an unfinished window only have to be put into it.
+    ids = ids[-window:]
+    put = len(ids) - 1 if width > 1 else 0
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, :put] = ids[:put]
+    context = Context(memory, jnp.asarray(tokens), jnp.asarray(put, jnp.int32))
+    for token in ids[put:]:
         log_probs, context = feed(decoder, context, token)
     return log_probs, context
 
@@ -218,25 +191,20 @@ def generate(
     ):
         if not good:
             raise UserError(f"{name} must be {expected}, got {value}.")
-    return _generate(decoder, prompt, max_new_tokens, (temperature, top_k, top_p), seed)
+    draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
 
+    # A generator of its own, so that options are refused at the call.
+    def words() -> Iterator[tuple[int, float]]:
+        key = jax.random.key(seed)
+        log_probs, context = begin(decoder, prompt)
+        token: Any = None
+        for number in range(max_new_tokens):
+            if token is not None:
+                log_probs, context = feed(decoder, context, token)
+            token = draw(jax.random.fold_in(key, number), log_probs)
+            yield int(token), float(log_probs[token])
 
-def _generate(decoder, prompt, max_new_tokens, options, seed) -> Iterator[tuple[int, float]]:
-    temperature, top_k, top_p = options
-    key = jax.random.key(seed)
-    log_probs, context = begin(decoder, prompt)
-    token = None
-    for number in range(max_new_tokens):
-        if token is not None:
-            log_probs, context = feed(decoder, context, token)
-        token = sample(
-            jax.random.fold_in(key, number),
-            log_probs,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
-        yield int(token), float(log_probs[token])
+    return words()
 
 
 def log_probs(
@@ -251,9 +219,6 @@ def log_probs(
         found.append(row[token])
         row, context = feed(decoder, context, token)
     return np.array(found, np.float32)
-
-
-# --- a run's model, and text ----------------------------------------------------------------------
 
 
 def load(
@@ -278,8 +243,8 @@ def load(
     vocab = data.Vocabulary.load(workdir / "vocab.txt")
     model_config, carried, window = evaluate.reading(config, len(vocab))
     step, variables = restore(workdir, which, report)
-    variables = jax.device_put(variables)
-    return Decoder(LanguageModel(model_config), variables, window, carried), vocab, step
+    model, variables = LanguageModel(model_config), jax.device_put(variables)
+    return Decoder(model, variables, window, carried), vocab, step
 
 
 def text_pieces(vocab: data.Vocabulary, ids: Iterable[int]) -> Iterator[str]:

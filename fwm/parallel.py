@@ -177,8 +177,7 @@ def _sharding() -> NamedSharding:
 
 def replicate(tree: Any) -> Any:
     """A copy of each array on every device."""
-    devices = jax.local_devices()
-    sharding = _sharding()
+    devices, sharding = jax.local_devices(), _sharding()
 
     def put(leaf: Any) -> Array:
         leaf = np.asarray(leaf)
@@ -191,8 +190,7 @@ def replicate(tree: Any) -> Any:
 
 def split(tree: Any) -> Any:
     """This process's rows [B, ...] as [devices, B / devices, ...], each device with its own."""
-    n = len(jax.local_devices())
-    sharding = _sharding()
+    n, sharding = len(jax.local_devices()), _sharding()
     put = lambda x: jax.device_put(np.asarray(x).reshape(n, -1, *np.shape(x)[1:]), sharding)
     return jax.tree.map(put, tree)
 

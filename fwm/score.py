@@ -51,20 +51,13 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """How far a scoring has come; from here it can be taken up again, with the same total.
-
-    Fields:
-        score: so far.
-        expected: positions there are to score.
-        position: windows, tokens of each row, or batches done.
-        memory: what the next segment starts from.
-        sums: of what else a task scores, by name.
-    """
+    """How far a scoring has come; from here it can be taken up again, with the same total."""
 
     score: Score
-    expected: int
-    position: int = 0
-    memory: Any = None
+    expected: int  # positions there are to score
+    position: int = 0  # windows, tokens of each row, or batches done
+    memory: Any = None  # what the next segment starts from
+    # Of what else a task scores, by name.
     sums: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, sums: Mapping[str, Any], position: int, memory: Any = None) -> "Partial":
@@ -88,9 +81,11 @@ class ScoringProtocol(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """`window` and `stride` as results name them, None where there is none."""
+        return {"window": None, "stride": None}
 
     def empty(self) -> Any:
         """The memory before the first token, None where none is carried."""
+        return None
 
     def partials(self, done: Partial | None = None) -> Iterator[Partial]:
         """Partial scores up to the whole one, after what is `done` already."""
@@ -124,35 +119,24 @@ def _stream_key(tokens: Any, length: int) -> dict[str, Any]:
     return {"length": length, "text": zlib.crc32(np.asarray(tokens, np.int32).tobytes())}
 
 
-# --- the sliding window ---------------------------------------------------------------------------
-
-
-def _windows(
-    model: LanguageModel,
-    variables: Any,
-    stream: Int[Array, "R S"],
-    rows: Int[Array, " B"],
-    ends: Int[Array, " B"],
-    *,
-    window: int,
-    scored: int,
-) -> Float[Array, "B scored"]:
-    """nll of tokens `end - scored + 1 ... end` of a row, each window seeing `window` inputs."""
-    cut = lambda row, start, size: jax.lax.dynamic_slice(stream, (row, start), (1, size))[0]
-    tokens = jax.vmap(lambda row, end: cut(row, end - window, window))(rows, ends)
-    targets = jax.vmap(lambda row, end: cut(row, end - scored + 1, scored))(rows, ends)
-    nll, _ = model.apply(variables, tokens, targets)
-    return nll
-
-
 @functools.lru_cache(maxsize=16)
 def _window_step(model: LanguageModel, window: int, scored: int) -> Callable:
-    """`_windows` on all devices, compiled once however often a model is scored."""
-    return parallel.pmap(functools.partial(_windows, model, window=window, scored=scored))
+    """On all devices; compiled once however often a model is scored."""
+
+    def nll(
+        variables: Any, stream: Int[Array, "R S"], rows: Int[Array, " B"], ends: Int[Array, " B"]
+    ) -> Float[Array, "B scored"]:
+        """Of tokens `end - scored + 1 ... end` of a row, each window seeing `window` inputs."""
+        cut = lambda row, start, size: jax.lax.dynamic_slice(stream, (row, start), (1, size))[0]
+        tokens = jax.vmap(lambda row, end: cut(row, end - window, window))(rows, ends)
+        targets = jax.vmap(lambda row, end: cut(row, end - scored + 1, scored))(rows, ends)
+        return model.apply(variables, tokens, targets)[0]
+
+    return parallel.pmap(nll)
 
 
 def _in_batches(
-    step: Callable, rows: np.ndarray, ends: np.ndarray, per_call: int, begin: int = 0
+    step: Callable, rows: np.ndarray, ends: np.ndarray, per_call: int, begin: int
 ) -> Iterator[np.ndarray]:
     """nll [b, scored] of the windows from `begin` on; `step` takes those of all devices at once."""
     n_device = len(jax.local_devices())
@@ -178,9 +162,8 @@ def automatic_batch_size(config: ModelConfig, window: int) -> int:
     What a window needs at its peak is the inner activation of a feed-forward part, the
     projections of a mixer, and softmax scores where there are any, in float32.
     """
-    c = config
-    mixer = c.make_mixer().floats_per_token(window)
-    floats = window * (2 * c.d_inner + 8 * c.d_model + mixer)
+    mixer = config.make_mixer().floats_per_token(window)
+    floats = window * (2 * config.d_inner + 8 * config.d_model + mixer)
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         # A CPU tells no limit. Measured at `small`: 8 windows of 256 tokens are faster than 4,
@@ -190,7 +173,7 @@ def automatic_batch_size(config: ModelConfig, window: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SlidingWindow:
+class SlidingWindow(ScoringProtocol):
     """The protocol of `sliding_window`, which says what its fields mean and what is refused."""
 
     model: LanguageModel
@@ -205,7 +188,6 @@ class SlidingWindow:
     unit = "windows"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be scored."""
         if self.window < 1:
             raise UserError(f"window must be at least 1 token, got {self.window}.")
         if not 1 <= self.stride <= self.window:
@@ -222,20 +204,20 @@ class SlidingWindow:
         """The window and the stride."""
         return {"window": self.window, "stride": self.stride}
 
-    def empty(self) -> None:
-        """No memory: every window begins anew."""
-
     def partials(self, done: Partial | None = None) -> Iterator[Partial]:
         """A partial score after every batch of windows; the first ones of all rows count as one."""
         columns = _columns(self.tokens, self.batch_size, self.split_stream)
         n_row, last = columns.shape[0], columns.shape[1] - 1
         window = min(self.window, last)
         on_devices = parallel.replicate((self.variables, columns))
+        n_device = len(jax.local_devices())
+        size = self.batch_size or n_device * automatic_batch_size(self.model.config, window)
+        per_call = max(1, size // n_device) * n_device
         partial = done or Partial(Score(0.0, 0), n_row * last)
 
         def nll(rows: np.ndarray, ends: np.ndarray, scored: int, begin: int) -> Iterator:
             step = functools.partial(_window_step(self.model, window, scored), *on_devices)
-            return _in_batches(step, rows, ends, self._windows_at_once(window), begin)
+            return _in_batches(step, rows, ends, per_call, begin)
 
         # First the windows that score all their positions, one of each row, then all others.
         if partial.position == 0:
@@ -255,12 +237,6 @@ class SlidingWindow:
             begin += len(new)
             partial = partial.add(_sums(new[counted]), n_row + begin)
             yield partial
-
-    def _windows_at_once(self, window: int) -> int:
-        """A multiple of the devices."""
-        n_device = len(jax.local_devices())
-        size = self.batch_size or n_device * automatic_batch_size(self.model.config, window)
-        return max(1, size // n_device) * n_device
 
 
 def sliding_window(
@@ -290,9 +266,6 @@ def sliding_window(
     return finish(SlidingWindow(model, variables, tokens, window, **options).partials())
 
 
-# --- consecutive segments -------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=16)
 def _segment_step(model: LanguageModel) -> Callable:
     """One segment of every row, compiled once however often a model is scored."""
@@ -300,7 +273,7 @@ def _segment_step(model: LanguageModel) -> Callable:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CarryOver:
+class CarryOver(ScoringProtocol):
     """The protocol of `carry_over`, which says what its fields mean and what is refused."""
 
     model: LanguageModel
@@ -314,7 +287,6 @@ class CarryOver:
     unit = "tokens"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be scored."""
         if self.segment < 1:
             raise UserError(f"segment must be at least 1 token, got {self.segment}.")
         _columns(self.tokens, self.batch_size, self.split_stream)
@@ -369,24 +341,18 @@ def carry_over(
     return finish(CarryOver(model, variables, tokens, segment, **options).partials())
 
 
-# --- a task's batches -----------------------------------------------------------------------------
-
-
 def _counted(batch: Any) -> int:
     return batch.tokens.size if batch.mask is None else int(np.sum(batch.mask))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Batches:
+class Batches(ScoringProtocol):
     """Sums of a task's own score over the batches of a split, which are a fixed set.
 
     Fields:
         task: `task.batches(split, rows)` yields batches, of which `mask` says what counts, and
             `task.score(model, variables, batch, memory) -> (sums, memory)` scores one: `nll` and
             `count`, and any others, which `task.metrics` makes use of.
-        model: a `LanguageModel`.
-        variables: its variables.
-        split: which batches.
         memory: what the first batch starts from, if `task.score` shall carry it from batch to
             batch; None: every batch is scored by itself.
 
@@ -408,10 +374,6 @@ class Batches:
         """The protocol and the batches."""
         return {"protocol": self.name, "text": self._whole[1]}
 
-    def settings(self) -> dict[str, Any]:
-        """Neither window nor stride: a batch is as long as the task makes it."""
-        return {"window": None, "stride": None}
-
     def empty(self) -> Any:
         """The memory before the first batch."""
         return self.memory
@@ -426,7 +388,9 @@ class Batches:
         step = jax.jit(functools.partial(self.task.score, self.model))
         variables = jax.device_put(self.variables)
         partial = done or Partial(Score(0.0, 0), expected, 0, self.memory)
-        for batch in itertools.islice(self._batches(), partial.position, None):
+        for batch in itertools.islice(
+            self.task.batches(self.split, slice(None)), partial.position, None
+        ):
             sums, memory = step(variables, batch, partial.memory)
             if int(sums["count"]) != _counted(batch):
                 raise UserError(
@@ -436,14 +400,11 @@ class Batches:
             partial = partial.add(sums, partial.position + 1, memory)
             yield partial
 
-    def _batches(self) -> Iterator[Any]:
-        return self.task.batches(self.split, slice(None))
-
     @functools.cached_property
     def _whole(self) -> tuple[int, int]:
         """Positions that count in all batches, and a checksum of these."""
         count = checksum = 0
-        for batch in self._batches():
+        for batch in self.task.batches(self.split, slice(None)):
             count += _counted(batch)
             for leaf in jax.tree.leaves(batch):
                 checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)

@@ -21,43 +21,26 @@ from fwm.optimizer import Schedule
 
 
 class TrainState(NamedTuple):
-    """All that changes during training; a checkpoint holds exactly this.
+    """All that changes during training; a checkpoint holds exactly this."""
 
-    Fields:
-        step: updates done, int32.
-        rng: data of the key that every random draw of the run comes from.
-        params: parameters of the model.
-        opt_state: Adam's moments.
-        favor: the last FAVOR+ projections as variables, {} for models without.
-        memory: what the next segment starts from, None unless it is carried over.
-        skipped: updates dropped for numbers that are not finite: in total, and in a row.
-    """
-
-    step: Int[Array, ""]
-    rng: UInt32[Array, " _"]
+    step: Int[Array, ""]  # updates done, int32
+    rng: UInt32[Array, " _"]  # data of the key that every random draw of the run comes from
     params: Any
     opt_state: Any
-    favor: Any
-    memory: Any
+    favor: Any  # the last FAVOR+ projections as variables, {} for models without
+    memory: Any  # what the next segment starts from, None unless it is carried over
+    # Updates dropped for numbers that are not finite: in total, and in a row.
     skipped: Int[Array | np.ndarray, "2"] = np.zeros(2, np.int32)
 
 
 class Batch(NamedTuple):
-    """One step's tokens.
-
-    Fields:
-        tokens: what the model reads.
-        targets: what it is to predict at each position.
-        first: rows that begin anew: a memory carried into them is forgotten.
-        rows: their places in the global batch.
-        mask: which targets count; None: all of them.
-    """
+    """One step's tokens, and what is to be predicted at each of them."""
 
     tokens: Int[Array | np.ndarray, "B T"]
     targets: Int[Array | np.ndarray, "B T"]
-    first: Bool[Array | np.ndarray, " B"]
-    rows: Int[Array | np.ndarray, " B"]
-    mask: Bool[Array | np.ndarray, "B T"] | None = None
+    first: Bool[Array | np.ndarray, " B"]  # a memory carried into these rows is forgotten
+    rows: Int[Array | np.ndarray, " B"]  # places in the global batch
+    mask: Bool[Array | np.ndarray, "B T"] | None = None  # targets that count; None: all
 
 
 def init_state(
@@ -81,12 +64,8 @@ def init_state(
 
 def restart(memory: Any, first: Bool[Array | np.ndarray, " B"]) -> Any:
     """The memory, empty in the rows that begin anew; None stays None."""
-
-    def reset(leaf: Array) -> Array:
-        begins = first.reshape(-1, *(1,) * (leaf.ndim - 1))
-        return jnp.where(begins, jnp.zeros((), leaf.dtype), leaf)
-
-    return jax.tree.map(reset, memory)
+    begins = lambda leaf: first.reshape(-1, *(1,) * (leaf.ndim - 1))
+    return jax.tree.map(lambda leaf: jnp.where(begins(leaf), jnp.zeros_like(leaf), leaf), memory)
 
 
 def train_step(
@@ -122,14 +101,16 @@ def train_step(
     favor_key, dropout_key = jax.random.split(key)
     favor = redraw_projections(model.config, favor_key)
     # Of an average device, as the sums of nll will be: rows need not have the same share of it.
-    counted = 0.0 if batch.mask is None else jnp.maximum(average(_count(batch.mask)), 1e-9)
+    counted: Any = None
+    if batch.mask is not None:
+        counted = jnp.maximum(average(masked_sums(batch)["count"]), 1e-9)
 
     def loss(params: Any, batch: Batch, memory: Any) -> tuple[Array, Any]:
         source = Dropout(dropout_key, batch.rows)
         nll, memory = model.apply(
             {"params": params, **favor}, batch.tokens, batch.targets, memory, source
         )
-        value = nll.mean() if batch.mask is None else _masked_sum(nll, batch.mask) / counted
+        value = nll.mean() if batch.mask is None else masked_sums(batch, nll=nll)["nll"] / counted
         return value, None if state.memory is None else memory
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
@@ -170,19 +151,11 @@ def train_step(
     return state, metrics
 
 
-def _count(mask: Array | np.ndarray) -> Float[Array, ""]:
-    return jnp.sum(mask, dtype=jnp.float32)
-
-
-def _masked_sum(values: Array, mask: Array | np.ndarray) -> Float[Array, ""]:
-    return jnp.sum(jnp.where(mask, values, 0.0))
-
-
 def masked_sums(batch: Batch, **values: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
     """The sum of each of `values` where the batch counts, and `count`, how many positions do."""
     mask = jnp.ones(batch.targets.shape, bool) if batch.mask is None else batch.mask
-    sums = {name: _masked_sum(value, mask) for name, value in values.items()}
-    return sums | {"count": _count(mask)}
+    sums = {name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in values.items()}
+    return sums | {"count": jnp.sum(mask, dtype=jnp.float32)}
 
 
 def valid_step(
@@ -198,9 +171,6 @@ def valid_step(
     """A task's `score` of a batch, summed by `total` over all devices, and the next memory."""
     sums, memory = score(model, {"params": params, **favor}, batch, memory)
     return total(sums), memory
-
-
-# --- a state on devices and on the host -----------------------------------------------------------
 
 
 def portable(state: TrainState) -> TrainState:

@@ -32,23 +32,10 @@ from fwm.step import TrainState, init_state, portable, to_devices, to_host, trai
 from fwm.tasks import TASKS, Task
 from fwm.workdir import FREE_FIELDS, claim_workdir
 
-NAN_POLICIES = ("stop", "skip")
-
 
 @dataclasses.dataclass
 class Run:
-    """One training: what it is made of, where it stands, and whom it tells.
-
-    Fields:
-        config: all settings.
-        workdir: where it lies.
-        task: what is learned.
-        model, optimizer, schedule: what learns it.
-        step: updates done.
-        state: after them, on the devices.
-        checkpoints, reporter, progress, trace: what is kept and told.
-        stop: signals that have come.
-    """
+    """One training: what it is made of, where it stands, and whom it tells."""
 
     config: Any
     workdir: Path
@@ -56,13 +43,13 @@ class Run:
     model: LanguageModel
     optimizer: optax.GradientTransformation
     schedule: Schedule
-    step: int
-    state: TrainState
+    step: int  # updates done
+    state: TrainState  # after them, on the devices
     checkpoints: Checkpoints
     reporter: Reporter
     progress: Progress
     trace: Trace
-    stop: list[int]
+    stop: list[int]  # signals that have come
 
 
 def run(config: Any, workdir: Path, job_name: str = "") -> int:
@@ -93,7 +80,18 @@ def run(config: Any, workdir: Path, job_name: str = "") -> int:
 def _loop(this: Run) -> int:
     """Train to the end or to a signal, which is returned (0: none)."""
     t, own = this.config.train, parallel.rows(this.config.train.batch_size)
-    update, score = _compiled(this)
+    step = functools.partial(
+        train_step,
+        this.model,
+        this.optimizer,
+        this.schedule,
+        batch_chunk=t.batch_chunk,
+        skip=t.nan_policy == "skip",
+        average=parallel.mean,
+    )
+    update = parallel.pmap(step, donate_argnums=(0,))
+    measure = functools.partial(valid_step, this.task.score, this.model, total=parallel.total)
+    score = parallel.pmap(measure)
     vote, halt = parallel.Vote(), 0
     while this.step < t.max_step and not halt:
         batch = parallel.split(this.task.batch(this.step, own))
@@ -110,22 +108,6 @@ def _loop(this: Run) -> int:
     if halt:
         _save(this, None)
     return halt
-
-
-def _compiled(this: Run) -> tuple[Callable, Callable]:
-    """The step of the training, and that of a validation, on all devices."""
-    t = this.config.train
-    update = functools.partial(
-        train_step,
-        this.model,
-        this.optimizer,
-        this.schedule,
-        batch_chunk=t.batch_chunk,
-        skip=t.nan_policy == "skip",
-        average=parallel.mean,
-    )
-    score = functools.partial(valid_step, this.task.score, this.model, total=parallel.total)
-    return parallel.pmap(update, donate_argnums=(0,)), parallel.pmap(score)
 
 
 def _validate(this: Run, score: Callable) -> float:
@@ -156,9 +138,6 @@ def _save(this: Run, valid_loss: float | None) -> None:
         this.checkpoints.save(this.step, host, valid_loss=valid_loss)
 
 
-# --- before the first step, and after the last ----------------------------------------------------
-
-
 @contextmanager
 def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
     """All that a training is made of, where its last checkpoint left it; closed at the end.
@@ -170,7 +149,13 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
     told = functools.partial(print, flush=True) if first else lambda line: None
     with ExitStack() as held:
         with parallel.together():
-            task, model, optimizer, schedule = _compose(config)
+            _check(config)
+            schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
+            task = TASKS[c.task](config, ("train", "valid"))
+            # Both refuse what does not fit.
+            task.batch(0, parallel.rows(t.batch_size))
+            model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
+            optimizer = adam(schedule, t.clip)
             if first:
                 held.enter_context(lock_workdir(workdir))
                 resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
@@ -180,9 +165,8 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
         empty = jax.eval_shape(functools.partial(empty_memory, model.config, t.batch_size))
         # A Transformer-XL of mem_len 0 carries on, but nothing that could be kept.
         carries = carries and all(leaf.size for leaf in jax.tree.leaves(empty))
-        init = functools.partial(
-            init_state, model, optimizer, c.seed, t.batch_size if carries else 0
-        )
+        rows = t.batch_size if carries else 0
+        init = functools.partial(init_state, model, optimizer, c.seed, rows)
         with parallel.together():
             step, state = _begin(init, checkpoints)
         if step:
@@ -232,18 +216,6 @@ def _begin(init: Callable[[], TrainState], checkpoints: Checkpoints) -> tuple[in
     return step, TrainState(**saved)
 
 
-def _compose(config: Any) -> tuple[Task, LanguageModel, optax.GradientTransformation, Schedule]:
-    """Everything that settings and text decide."""
-    c, t = config, config.train
-    _check(config)
-    schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
-    task = TASKS[c.task](config, ("train", "valid"))
-    # Both refuse what does not fit.
-    task.batch(0, parallel.rows(t.batch_size))
-    model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
-    return task, model, adam(schedule, t.clip), schedule
-
-
 def _check(config: Any) -> None:
     """Refuse settings of the training that are out of range."""
     t, n_device = config.train, jax.device_count()
@@ -261,10 +233,9 @@ def _check(config: Any) -> None:
         raise UserError(f"config.seed must be 0 or more and below 2**32, got {config.seed}.")
     if t.clip < 0:
         raise UserError(f"config.train.clip must be 0 (no clipping) or more, got {t.clip}.")
-    if t.nan_policy not in NAN_POLICIES:
+    if t.nan_policy not in ("stop", "skip"):
         raise UserError(
-            f"unknown config.train.nan_policy {t.nan_policy!r}: expected one of "
-            f"{', '.join(NAN_POLICIES)}."
+            f"unknown config.train.nan_policy {t.nan_policy!r}: expected one of stop, skip."
         )
     steps = t.profile_steps
     whole = all(type(step) is int for step in steps)
@@ -316,7 +287,6 @@ def _farewell(this: Run) -> str:
         return f"Stopped. Saved at step {step}: the same command with --workdir={workdir} goes on."
     loss = checkpoints.valid_loss(best)
     return (
-        f"Done. Best validation perplexity {math.exp(loss):.2f} (approximate, step {best}); "
-        f"the run lies in {workdir}.\n"
-        f"Exact perplexity: python main.py --mode=valid --workdir={workdir}"
+        f"Done. Best validation perplexity {math.exp(loss):.2f} (approximate, step {best}); the "
+        f"run lies in {workdir}.\nExact perplexity: python main.py --mode=valid --workdir={workdir}"
     )

@@ -53,17 +53,16 @@ def saved_config(workdir: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise UserError(f"{path} is damaged: expected groups of settings.")
     saved, known = flatten(saved), flatten(defaults().to_dict())
-    unknown = sorted(
-        key for key in saved.keys() - known if key not in GONE or saved[key] != GONE[key]
-    )
+    gone = {key for key, value in GONE.items() if saved.get(key) == value}
+    unknown = ", ".join(sorted(saved.keys() - known - gone))
     if unknown and saved.get("registered_in"):
         raise UserError(
-            f"{path} has settings that are not known here ({', '.join(unknown)}): give "
+            f"{path} has settings that are not known here ({unknown}): give "
             f"--config={saved['registered_in']}, the file that the run was trained with."
         )
     if unknown:
         raise UserError(
-            f"{path} is of another version of fwm: its settings {', '.join(unknown)} are not known "
+            f"{path} is of another version of fwm: its settings {unknown} are not known "
             "here; evaluate it with the version that trained it."
         )
     return known | {key: value for key, value in saved.items() if key in known}
@@ -149,21 +148,13 @@ def restore(
 
 
 class OpenedRun(NamedTuple):
-    """What a trained run consists of.
-
-    Fields:
-        config: all its settings.
-        vocab: its symbols.
-        model: as it was trained.
-        variables: its parameters and projections, on the device.
-        step: of the checkpoint they are from.
-    """
+    """What a trained run consists of."""
 
     config: ConfigDict
     vocab: Vocabulary
     model: LanguageModel
-    variables: Any
-    step: int
+    variables: Any  # on the device
+    step: int  # of the checkpoint they are from
 
 
 def open(path: str | Path, which: Which = "best") -> OpenedRun:

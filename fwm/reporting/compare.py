@@ -66,11 +66,8 @@ def _exact_perplexity(path: Path, trained: Mapping[str, Any]) -> str:
         notes.append(f"stride {result['stride']}")
     if result.get("split_stream"):
         notes.append("rows")
-    for name, setting in (
-        ("window", "train.tgt_len"),
-        ("mem_len", "model.mem_len"),
-        ("clamp_len", "model.clamp_len"),
-    ):
+    theirs = {"window": "train.tgt_len", "mem_len": "model.mem_len", "clamp_len": "model.clamp_len"}
+    for name, setting in theirs.items():
         if name in result and result[name] != trained.get(setting, result[name]):
             notes.append(f"{name} {result[name]}")
     return f"{result['perplexity']:.3f}" + (f" ({', '.join(notes)})" if notes else "")

@@ -5,7 +5,7 @@ import datetime
 import math
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,66 +17,6 @@ from fwm.reporting.reporter import Reporter
 ESTIMATED_FROM = 3
 # So many updates in a row that had to be dropped are no accident.
 MAX_SKIPPED = 10
-
-
-class Numbers(NamedTuple):
-    """What one step says, on the host; `skipped` None where no update is ever dropped."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    skipped: int | None
-    in_a_row: int
-
-    @classmethod
-    def fetch(cls, metrics: Mapping[str, Any]) -> "Numbers":
-        """From the devices, waiting for the step."""
-        names = ("loss", "grad_norm", "learning_rate")
-        loss, norm, rate = (float(parallel.first(metrics[name])) for name in names)
-        if "skipped" not in metrics:
-            return cls(loss, norm, rate, None, 0)
-        return cls(loss, norm, rate, *np.asarray(parallel.first(metrics["skipped"])).tolist())
-
-    @property
-    def finite(self) -> bool:
-        """Whether the update was one that could be made."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.loss}, gradient norm {self.grad_norm}, "
-            f"learning rate {self.learning_rate:.3g}"
-        )
-
-    def scalars(self) -> dict[str, float]:
-        """What a report has beside the loss."""
-        found: dict[str, float] = {
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-        }
-        return found if self.skipped is None else found | {"skipped": self.skipped}
-
-
-class Pace:
-    """How fast training alone is: its clock starts anew at every line of the log, and whenever
-    something else took time.
-    """
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """What came before was not training."""
-        self._started, self.timed = time.monotonic(), 0
-
-    def tick(self) -> None:
-        """One more step is done."""
-        self.timed += 1
-
-    @property
-    def steps_per_second(self) -> float:
-        """0 where nothing has been timed."""
-        return self.timed / max(time.monotonic() - self._started, 1e-9)
 
 
 class Progress:
@@ -94,7 +34,7 @@ class Progress:
         self._reporter, self._t = reporter, t
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._losses: list[float] = []
-        self._pace = Pace()
+        self._restart_clock()
         self._compiled = self._estimated = False
         # The clock starts anew at every line of the log and at every validation.
         self._estimated_from = min(ESTIMATED_FROM, t.log_interval, t.eval_interval)
@@ -113,56 +53,64 @@ class Progress:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        numbers = Numbers.fetch(metrics)
-        self.last = str(numbers)
-        self._check(step, numbers)
+        # From the devices, waiting for the step.
+        numbers = {k: np.asarray(parallel.first(x)).tolist() for k, x in metrics.items()}
+        loss, norm, rate = (numbers[name] for name in ("loss", "grad_norm", "learning_rate"))
+        self.last = f"loss {loss}, gradient norm {norm}, learning rate {rate:.3g}"
+        others = {"grad_norm": norm, "learning_rate": rate}
+        # No update is ever dropped where there is no such number.
+        skipped, in_a_row = numbers.get("skipped", (0, 0))
+        if "skipped" in numbers:
+            others["skipped"] = skipped
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._losses.append(loss)
+        elif self._t.nan_policy == "stop" or in_a_row >= MAX_SKIPPED:
+            which = f"the last of {in_a_row} dropped updates in a row: " * bool(in_a_row)
+            raise UserError(
+                f"training diverged at step {step}: {which}{self.last}; the checkpoints before it "
+                "are kept: try a smaller config.train.lr or a longer config.train.warmup_step."
+            )
+        else:
+            self._reporter.message(
+                f"Warning: the update of step {step} was dropped ({self.last}), "
+                f"the {skipped}. in this run."
+            )
         self._time(step)
-        self._report(step, numbers)
+        self._report(step, loss, others)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Around what is not training; all steps before it have been reported."""
         self.flush()
         yield
-        self._pace.restart()
+        self._restart_clock()
 
-    def _check(self, step: int, numbers: Numbers) -> None:
-        """Keep a finite loss for the average; stop at another, or say that it was dropped."""
-        if numbers.finite:
-            self._losses.append(numbers.loss)
-            return
-        if self._t.nan_policy == "stop" or numbers.in_a_row >= MAX_SKIPPED:
-            row = numbers.in_a_row
-            which = f"the last of {row} dropped updates in a row: " * bool(row)
-            raise UserError(
-                f"training diverged at step {step}: {which}{numbers}; the checkpoints "
-                "before it are kept: try a smaller config.train.lr or a longer "
-                "config.train.warmup_step."
-            )
-        self._reporter.message(
-            f"Warning: the update of step {step} was dropped ({numbers}), "
-            f"the {numbers.skipped}. in this run."
-        )
+    def _restart_clock(self) -> None:
+        self._started, self._timed = time.monotonic(), 0
+
+    def _steps_per_second(self) -> float:
+        """Of training alone; 0 where nothing has been timed."""
+        return self._timed / max(time.monotonic() - self._started, 1e-9)
 
     def _time(self, step: int) -> None:
         """Count the step, unless it is the first, which compiles; estimate the duration once."""
-        self._pace.tick()
+        self._timed += 1
         if not self._compiled:
             self._compiled = True
-            self._pace.restart()
-        elif not self._estimated and self._pace.timed == self._estimated_from:
+            self._restart_clock()
+        elif not self._estimated and self._timed == self._estimated_from:
             self._estimated = True
             left = self._t.max_step - step
-            seconds = left / self._pace.steps_per_second
+            duration = datetime.timedelta(seconds=round(left / self._steps_per_second()))
             self._reporter.message(
-                f"Estimated duration: {datetime.timedelta(seconds=round(seconds))} for the "
-                f"{left:,} steps left, validations not counted."
+                f"Estimated duration: {duration} for the {left:,} steps left, validations not "
+                "counted."
             )
 
-    def _report(self, step: int, numbers: Numbers) -> None:
+    def _report(self, step: int, loss: float, others: Mapping[str, float]) -> None:
         """A line of the log with the mean loss since the last one, or a move of the live line."""
-        t, speed = self._t, self._pace.steps_per_second
-        loss = sum(self._losses) / len(self._losses) if self._losses else numbers.loss
+        t, speed = self._t, self._steps_per_second()
+        loss = sum(self._losses) / len(self._losses) if self._losses else loss
         pace = {
             "tokens_per_second": speed * t.batch_size * t.tgt_len,
             "seconds_left": (t.max_step - step) / speed if speed else None,
@@ -170,6 +118,6 @@ class Progress:
         if step % t.log_interval and step != t.max_step:
             self._reporter.progress(step, loss, **pace)
             return
-        self._reporter.train(step, {"loss": loss} | numbers.scalars(), **pace)
+        self._reporter.train(step, {"loss": loss, **others}, **pace)
         self._losses = []
-        self._pace.restart()
+        self._restart_clock()

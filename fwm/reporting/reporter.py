@@ -34,10 +34,6 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
 
 
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-
 class Reporter:
     """Everything that one training run tells; only the first process should be `active`.
 
@@ -157,14 +153,12 @@ class Reporter:
     def _show_progress(
         self, step: int, loss: float, tokens_per_second: float, seconds_left: float | None
     ) -> None:
-        line = (
-            f"step {step}/{self._total_steps}  loss {loss:.4f}  "
-            f"perplexity {_short(_perplexity(loss))}"
-        )
+        perplexity = _short(_perplexity(loss))
+        line = f"step {step}/{self._total_steps}  loss {loss:.4f}  perplexity {perplexity}"
         if tokens_per_second:  # Unknown after the first step, which compiles.
             line += f"  {tokens_per_second:,.0f} tokens/s"
         if seconds_left is not None:
-            line += f"  {_duration(seconds_left)} left"
+            line += f"  {datetime.timedelta(seconds=round(seconds_left))} left"
         erase = ERASE if self._live else ""
         if self._live and step < self._total_steps:
             # A line that wraps could not be overwritten.

@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,9 +62,6 @@ class Sink:
 
     def close(self) -> None:
         """After the last report."""
-
-
-# --- train_log.csv --------------------------------------------------------------------------------
 
 
 def log_rows(path: Path) -> list[dict[str, str]]:
@@ -128,9 +125,6 @@ class CsvLog(Sink):
         self._unwritten = ""
 
 
-# --- TensorBoard ----------------------------------------------------------------------------------
-
-
 class EventWriter:
     """TensorBoard events with the method names of `clu.metric_writers`, without TensorFlow.
 
@@ -142,53 +136,41 @@ class EventWriter:
         unique = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
         path = directory / f"events.out.tfevents.{int(time.time())}.{unique}"
         self._file = RecordWriter(str(path))
-        with self._closed_by_failure():
-            self._write(Event(file_version="brain.Event:2"))
-            # TensorBoard then hides what a killed run has written after the step we go on from.
-            log = SessionLog(status=SessionLog.START)
-            self._write(Event(step=start_step + 1, session_log=log))
+        # TensorBoard then hides what a killed run has written after the step we go on from.
+        log = SessionLog(status=SessionLog.START)
+        start = Event(step=start_step + 1, session_log=log)
+        self._write([Event(file_version="brain.Event:2"), start])
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One point of each curve."""
-        with self._closed_by_failure():
-            for name, value in scalars.items():
-                self._write(Event(step=step, summary=summary.scalar(name, value)))
-            self._file.flush()
+        self._write(Event(step=step, summary=summary.scalar(k, v)) for k, v in scalars.items())
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Flat settings, shown beside the final losses in TensorBoard's HPARAMS tab."""
         known = {k: v if isinstance(v, int | float | str) else str(v) for k, v in hparams.items()}
-        with self._closed_by_failure():
-            for part in summary.hparams(known, {"valid/loss": 0.0, "valid/perplexity": 0.0}):
-                self._write(Event(summary=part))
-            self._file.flush()
+        parts = summary.hparams(known, {"valid/loss": 0.0, "valid/perplexity": 0.0})
+        self._write(Event(summary=part) for part in parts)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Markdown texts."""
-        with self._closed_by_failure():
-            for name, text in texts.items():
-                self._write(Event(step=step, summary=summary.text(name, text)))
-            self._file.flush()
+        self._write(Event(step=step, summary=summary.text(k, v)) for k, v in texts.items())
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
-        with self._closed_by_failure():
-            self._file.flush()
+        self._write([])
 
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
 
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._file.write(event.SerializeToString())
-
-    @contextlib.contextmanager
-    def _closed_by_failure(self) -> Iterator[None]:
-        """What could not be written would be tried again when Python drops the file, and told."""
+    def _write(self, events: Iterable[Event]) -> None:
         try:
-            yield
+            for event in events:
+                event.wall_time = time.time()
+                self._file.write(event.SerializeToString())
+            self._file.flush()
         except OSError:
+            # What is left unwritten would be tried again when Python drops the file, and told.
             with contextlib.suppress(OSError):
                 self._file.close()
             raise
@@ -228,9 +210,6 @@ class TensorBoard(Sink):
         return self._writer
 
 
-# --- Weights & Biases -----------------------------------------------------------------------------
-
-
 class WandB(Sink):
     """Logs under an id that is kept in the workdir; without a network into files there.
 
@@ -257,8 +236,9 @@ class WandB(Sink):
                 "`pip install wandb`, or set report.use_wandb=False."
             ) from error
         self._wandb, self._workdir, self._start_step = wandb, workdir, start_step
-        self._names: dict[str, Any] = {"project": project_name or None, "name": job_name or None}
         self._report = report
+        self._options: dict[str, Any] = {"project": project_name or None, "name": job_name or None}
+        self._options |= {"resume": "allow", "dir": str(workdir)}
         self._run: Any = None
 
     def begin(self, config: Mapping[str, Any]) -> None:
@@ -266,12 +246,7 @@ class WandB(Sink):
         path = self._workdir / WANDB_ID
         if self._start_step == 0 or not path.exists():
             write_json(path, secrets.token_hex(4))
-        options: dict[str, Any] = self._names | {
-            "config": dict(config),
-            "id": read_json(path),
-            "resume": "allow",
-            "dir": str(self._workdir),
-        }
+        options = self._options | {"config": dict(config), "id": read_json(path)}
         try:
             self._run = self._wandb.init(**options)
         except self._wandb.errors.Error as error:

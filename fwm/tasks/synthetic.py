@@ -36,9 +36,8 @@ class Synthetic(Task):
             )
         self._name, self._seed = config.task, config.seed
         self._n_train, self._n_valid = config.train.batch_size, config.train.eval_batch_size
-        self._length = config.train.tgt_len
-        if "train" not in splits:
-            self._length = config.eval.tgt_len or self._length
+        evaluated = 0 if "train" in splits else config.eval.tgt_len
+        self._length = evaluated or config.train.tgt_len
 
     def draw(
         self, rng: np.random.Generator, length: int

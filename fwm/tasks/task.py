@@ -21,20 +21,13 @@ class Task:
 
     Raises:
         UserError: the task cannot be opened so.
-
-    Attributes:
-        vocab: the symbols that tokens and targets stand for.
-        unit: what a symbol is: word, character, ...
-        warnings: sentences for the user.
-        size: training tokens there are; 0: they never end.
-        writes: whether what a model goes on to say has a meaning (`--mode=generate`).
     """
 
-    vocab: Vocabulary
-    unit: str = "symbol"
-    warnings: tuple[str, ...] = ()
-    size: int = 0
-    writes: bool = False
+    vocab: Vocabulary  # what tokens and targets stand for
+    unit: str = "symbol"  # or word, character, ...
+    warnings: tuple[str, ...] = ()  # sentences for the user
+    size: int = 0  # training tokens there are; 0: they never end
+    writes: bool = False  # what a model goes on to say has a meaning (`--mode=generate`)
 
     def __init__(self, config: Any, splits: Sequence[str], vocab: Vocabulary | None = None):
         raise NotImplementedError

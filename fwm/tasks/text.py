@@ -12,8 +12,6 @@ from fwm.score import CarryOver, SlidingWindow
 from fwm.step import Batch
 from fwm.tasks.task import Task
 
-UNITS = {"word": "words", "character": "characters"}
-
 
 class Text(Task):
     """A corpus (`config.data`); every target counts."""
@@ -22,14 +20,8 @@ class Text(Task):
 
     def __init__(self, config: Any, splits: Sequence[str], vocab: data.Vocabulary | None = None):
         self._train, self._seed = config.train, config.seed
-        self.corpus = data.load(
-            config.data.name,
-            dir=config.data.dir,
-            cache_dir=config.data.cache_dir,
-            vocab=vocab,
-            splits=splits,
-            download=config.data.download,
-        )
+        where = {key: config.data[key] for key in ("dir", "cache_dir", "download")}
+        self.corpus = data.load(config.data.name, vocab=vocab, splits=splits, **where)
         self.vocab, self.unit = self.corpus.vocab, self.corpus.unit
         self.warnings = self.corpus.warnings
         self.size = len(self.corpus.streams["train"]) if "train" in splits else 0
@@ -39,7 +31,7 @@ class Text(Task):
         return (
             f"Data: {self.corpus.name}, {self.size:,} training tokens, "
             f"{len(self.corpus.streams['valid']):,} validation tokens, "
-            f"{len(self.vocab):,} {UNITS[self.unit]}."
+            f"{len(self.vocab):,} {self.unit}s."
         )
 
     def identity(self) -> Any:
