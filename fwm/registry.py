@@ -23,11 +23,14 @@ class Table(MutableMapping[str, T], Generic[T]):
 
     Raises:
         UserError: (at a look-up) the name is not in the table; the message lists those that are.
+            (at an entry) while recording, an entry that was there before: what a run names would
+            mean something else without the file that replaced it.
     """
 
     def __init__(self, field: str) -> None:
         self.field = field
         self._entries: dict[str, T] = {}
+        self._recorded: set[str] = set()
         _tables.append(self)
 
     def __getitem__(self, name: str) -> T:
@@ -41,7 +44,11 @@ class Table(MutableMapping[str, T], Generic[T]):
         return name in self._entries
 
     def __setitem__(self, name: str, value: T) -> None:
+        if _recordings and name in self._entries and name not in self._recorded:
+            raise UserError(f"{self.field} {name} is one of fwm's own: choose another name.")
         self._entries[name] = value
+        if _recordings:
+            self._recorded.add(name)
         for recording in _recordings:
             recording.append(f"{self.field}={name}")
 

@@ -3,6 +3,7 @@
 The numbers themselves are compared with the official ones in test_golden_models.py.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -190,3 +191,19 @@ def test_tensors_that_are_refused(kind):
         larger = {k: np.concatenate([v, v]) if k == name else v for k, v in theirs.items()}
         with pytest.raises(UserError, match=f"{name} should have the shape"):
             from_lmtool(arguments, larger)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(norm="pre"), "no model of mixer=fast_weight and norm=pre"),
+        (dict(feature_map="tanh"), "no layer of feature_map=tanh"),
+        (dict(key_norm="l2"), "key_norm='l2'"),
+        (dict(scale_output=False), "update_rule=delta, .*scale_output=False"),
+    ],
+)
+def test_models_that_the_toolkit_has_not(change, message):
+    arguments = BASE | {"attn_type": 24}
+    config, variables = from_lmtool(arguments, state_dict(arguments))
+    with pytest.raises(UserError, match=message):
+        to_lmtool(dataclasses.replace(config, **change), variables)

@@ -23,7 +23,7 @@ ALLOWED = {
     "fwm.layers": {"fwm.errors", "fwm.ops", "fwm.registry"},
     "fwm.config": {"fwm.errors", "fwm.layers"},
     "fwm.model": {"fwm.config", "fwm.ops", "fwm.layers"},
-    "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model"},
+    "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model", "fwm.ops"},
     "fwm.reporting": {"fwm.errors", "fwm.files", "fwm.parallel"},
     "fwm.reporting.sinks": {"fwm.errors", "fwm.files"},
     "fwm.reporting.figures": {"fwm.reporting.sinks"},

@@ -16,6 +16,7 @@ import numpy as np
 from fwm.config import ModelConfig
 from fwm.errors import UserError
 from fwm.model import LanguageModel, redraw_projections
+from fwm.ops import UPDATE_RULES
 
 # attn_type: (mixer, feature map, update rule, attention normalisation unless skipped, scale_output)
 ATTN_TYPES = {
@@ -76,7 +77,7 @@ def config_from_lmtool(arguments: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"unknown attn_type {a['attn_type']}: expected one of {known}.")
     mixer, feature_map, update_rule, normalization, scale_output = ATTN_TYPES[a["attn_type"]]
     # Types 4, 5, 6 always normalise; the softmax types have nothing to skip.
-    if a["skip_attn_normalization"] and mixer == "fast_weight" and scale_output:
+    if a["skip_attn_normalization"] and scale_output:
         normalization = "none"
     if a["attn_type"] in (4, 5, 6) and a["dropatt"] > 0:
         raise UserError(
@@ -347,13 +348,24 @@ def to_lmtool(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, np
     tensor each name then holds the total one.
 
     Raises:
-        UserError: a mixer or norm that the official toolkit has not.
+        UserError: a mixer, norm or composition of a fast weight layer that the official toolkit
+            has not.
     """
     if config.mixer not in MIXERS or config.norm == "pre":
         raise UserError(
             f"the official toolkit has no model of mixer={config.mixer} and norm={config.norm}: "
             f"expected one of {', '.join(MIXERS)} with post or pre_lnorm."
         )
+    if MIXERS[config.mixer] is _fast_weight:
+        c = config
+        known = {(kind[1], kind[2], kind[4]) for kind in ATTN_TYPES.values()}
+        own = c.key_norm not in ("", UPDATE_RULES[c.update_rule].key_norm)
+        if (c.feature_map, c.update_rule, c.scale_output) not in known or own:
+            raise UserError(
+                f"the official toolkit has no layer of feature_map={c.feature_map}, update_rule="
+                f"{c.update_rule}, key_norm={c.key_norm!r} and scale_output={c.scale_output}: "
+                "expected one of ATTN_TYPES."
+            )
     params = variables["params"]
     state_dict: dict[str, np.ndarray] = {}
 

@@ -19,7 +19,7 @@ class Block(nn.Module):
 
     post: `x = LN(x + mixer(x)); x = LN(x + f(x))`, as in the paper.
     pre: `x = x + mixer(LN(x)); x = x + f(LN(x))`; a model then has one more norm at its end.
-    pre_lnorm: the official toolkit's, which differs by mixer (`Mixer.pre_lnorm`), without that one.
+    pre_lnorm: the official toolkit's, without that one; it differs by mixer: `Mixer.norms_itself`.
     """
 
     mixer: Mixer
@@ -42,12 +42,12 @@ class Block(nn.Module):
         ff_norm = Norm(self.dtype, name="ff_norm")
         ff = FeedForward(self.d_inner, self.dropout, self.dtype, name="ff")
         arguments: dict[str, Any] = {"shared": shared, "dropout": source, "last": last}
-        if self.norm == "pre_lnorm":
-            x, out, carried = self.mixer.pre_lnorm(mixer_norm, x, carried, **arguments)
-        elif self.norm == "pre":
-            out, carried = self.mixer(mixer_norm(x), carried, **arguments)
-        else:
-            out, carried = self.mixer(x, carried, **arguments)
+        read = mixer_norm(x) if self.norm == "pre" else x
+        if self.norm == "pre_lnorm" and self.mixer.norms_itself:
+            arguments["norm"] = mixer_norm
+        elif self.norm == "pre_lnorm":
+            x = read = mixer_norm(x)
+        out, carried = self.mixer(read, carried, **arguments)
         out = drop(out, source, MIXER_SITE, self.dropout)
         x = (x if last is None else x[:, -last:]) + out
         if self.norm == "post":

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -29,10 +28,7 @@ class FastWeightAttention(Mixer):
     layers, or, with `scale_output=False`, the scores are (the quadratic layers of the official
     toolkit, where it cancels except against the eps of the normalisation).
 
-    Call: `x [B, T, D]`, `state` (`FastWeightState` or None for an empty one); `last` n > 0 returns
-    the last n positions only. Returns `[B, T, D]` (or `[B, n, D]`) and the new state.
-
-    It works by itself:
+    It carries a `FastWeightState`, and works by itself:
 
     >>> import jax
     >>> from fwm.layers import FastWeightAttention
@@ -45,7 +41,7 @@ class FastWeightAttention(Mixer):
     >>> y, state = layer.apply(variables, x, state)  # the next 100 tokens, after those
     """
 
-    carries: ClassVar[Literal["never", "asked", "always"]] = "asked"
+    carries = "asked"
 
     n_head: int
     d_head: int
@@ -62,23 +58,22 @@ class FastWeightAttention(Mixer):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        state: ops.FastWeightState | None = None,
-        last: int | None = None,
+        carried: ops.FastWeightState | None = None,
         *,
         shared: Shared | None = None,
         dropout: Dropout | None = None,
-        normed: Float[Array, "B T D"] | None = None,
+        last: int | None = None,
+        norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B _ D"], ops.FastWeightState]:
-        """See the class; `normed`: what k, v and the rule's inputs are made of, if not of x."""
+        """See `Mixer`; `norm`: k, v and the rule's inputs are made of norm(x), q of x."""
         d = self.d_head
-        features = self._features(self._arrays())
-        n_key = self._n_key(features)
+        features, n_key = self._features(self._arrays()), self._n_key()
         rule = ops.UPDATE_RULES[self.update_rule]
         widths = [n_key if i.per_key else 1 for i in rule.inputs]
         projection = project((self.n_head, 3 * d + sum(widths)), -1, self.dtype, "qkv")
-        qkv = projection(x if normed is None else normed)
+        qkv = projection(x if norm is None else norm(x))
         q, k, v = qkv[..., :d], qkv[..., d : 2 * d], qkv[..., 2 * d : 3 * d]
-        if normed is not None:
+        if norm is not None:
             q = projection(x)[..., :d]
         inputs, start = {}, 3 * d
         for i, width in zip(rule.inputs, widths, strict=True):
@@ -96,7 +91,7 @@ class FastWeightAttention(Mixer):
             k,
             v,
             inputs.pop("beta", None),
-            state,
+            carried,
             update_rule=self.update_rule,
             attn_normalization=self.attn_normalization,
             inputs=inputs,
@@ -108,6 +103,11 @@ class FastWeightAttention(Mixer):
             out = out * jnp.asarray(scale, out.dtype)
         out = checkpoint_name(out, "mixed")
         return project((x.shape[-1],), (-2, -1), self.dtype, "out")(out), state
+
+    @property
+    def norms_itself(self) -> bool:  # type: ignore[override]
+        """Only the quadratic layers do."""
+        return not self.scale_output
 
     def _arrays(self) -> dict[str, Array]:
         """The feature map's own arrays: parameters, and variables of the collection `favor`.
@@ -131,18 +131,16 @@ class FastWeightAttention(Mixer):
         norm = ops.KEY_NORMS[self.key_norm or ops.UPDATE_RULES[self.update_rule].key_norm]
         return Partial(functools.partial(_address, function, norm), arrays)
 
-    def _n_key(self, features: Callable[[Array], Array] | None = None) -> int:
+    def _n_key(self) -> int:
         """K, the width of keys and queries after the feature map."""
-        if features is None:
-            feature_map = ops.FEATURE_MAPS[self.feature_map]
-            makers = {**feature_map.parameters, **feature_map.draws}
-            key = jax.random.key(0)
-            arrays = jax.eval_shape(lambda: {n: make(key, self) for n, make in makers.items()})
-            shape = jax.eval_shape(
-                lambda arrays: self._features(arrays)(jnp.zeros((self.d_head,))), arrays
-            )
-            return shape.shape[-1]
-        return jax.eval_shape(features, jax.ShapeDtypeStruct((self.d_head,), jnp.float32)).shape[-1]
+        feature_map = ops.FEATURE_MAPS[self.feature_map]
+        makers = {**feature_map.parameters, **feature_map.draws}
+
+        def features():
+            arrays = {name: make(jax.random.key(0), self) for name, make in makers.items()}
+            return self._features(arrays)(jnp.zeros((self.d_head,)))
+
+        return jax.eval_shape(features).shape[-1]
 
     def empty(self, batch_size: int, d_model: int) -> ops.FastWeightState:
         """A memory of zeros."""
@@ -181,14 +179,6 @@ class FastWeightAttention(Mixer):
         inputs = sum(n_key if i.per_key else 1 for i in rule.inputs)
         projected = 2 * d_model * (4 * self.d_head + inputs)
         return self.n_head * (projected + rule.flops * n_key * self.d_head)
-
-    def pre_lnorm(
-        self, norm: Callable[[Array], Array], x: Array, carried: Any, **arguments: Any
-    ) -> tuple[Array, Array, Any]:
-        """The quadratic layers: q is made of x as it is, and so is the residual."""
-        if self.scale_output:
-            return super().pre_lnorm(norm, x, carried, **arguments)
-        return x, *self(x, carried, normed=norm(x), **arguments)
 
 
 # The memory sums over many tokens: from the features to the read-out in float32.

@@ -9,7 +9,7 @@ writes as their default is the default. A new one is one class and one entry of 
 fwm/layers/mixers.py or in one's own config file.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
@@ -43,10 +43,14 @@ class Mixer(nn.Module):
             `train.carry_over_fast_weight` is set) or always.
         adds_positions: whether the model adds absolute positions to the embedding (unless
             `no_pos`); False: the mixer knows the order by itself and no_pos has no meaning.
+        norms_itself: under `norm=pre_lnorm` the residual is x as it is, and the mixer, which gets
+            x and a keyword `norm`, normalises what the official toolkit does. False: as in its
+            fast weight layers, both the residual and what the mixer reads are the normalised x.
     """
 
     carries: ClassVar[Literal["never", "asked", "always"]] = "never"
     adds_positions: ClassVar[bool] = True
+    norms_itself: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -94,16 +98,6 @@ class Mixer(nn.Module):
     def flops(self, d_model: int, length: int) -> float:
         """FLOPs of one token's forward pass in a segment, a multiply-add counted as two."""
         raise NotImplementedError
-
-    def pre_lnorm(
-        self, norm: Callable[[Array], Array], x: Array, carried: Any, **arguments: Any
-    ) -> tuple[Array, Array, Any]:
-        """The official toolkit's `--pre_lnorm`, which differs by layer: (residual, y, carried).
-
-        Here as in its fast weight layers: the residual is the normalised x.
-        """
-        x = norm(x)
-        return x, *self(x, carried, **arguments)
 
 
 MIXERS: Table[type[Mixer]] = Table("mixer")

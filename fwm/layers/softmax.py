@@ -1,7 +1,6 @@
 """Causal softmax attention: the standard Transformer's mixer."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +17,8 @@ from fwm.ops.dropout import Dropout
 class SoftmaxAttention(Mixer):
     """Causal softmax attention, scores scaled by 1/sqrt(d_head) (the standard Transformer)."""
 
+    norms_itself = True
+
     n_head: int
     d_head: int
     dropatt: float = 0.0  # probability, on attention weights
@@ -32,13 +33,13 @@ class SoftmaxAttention(Mixer):
         shared: Shared | None = None,
         dropout: Dropout | None = None,
         last: int | None = None,
-        normed: Float[Array, "B T D"] | None = None,
+        norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B _ D"], None]:
-        """See `Mixer`; `normed`: what k and v are made of, if not of x."""
+        """See `Mixer`; `norm`: k and v are made of norm(x), q of x."""
         d = self.d_head
         projection = project((self.n_head, 3 * d), -1, self.dtype, "qkv")
         qkv = projection(x)
-        kv = qkv if normed is None else projection(normed)
+        kv = qkv if norm is None else projection(norm(x))
         q = qkv[..., :d] if last is None else qkv[:, -last:, :, :d]
         out = softmax.causal_attention(
             q,
@@ -57,9 +58,3 @@ class SoftmaxAttention(Mixer):
     def flops(self, d_model: int, length: int) -> float:
         """Projections, and scores and values of half the segment."""
         return self.n_head * self.d_head * (8 * d_model + 2 * length)
-
-    def pre_lnorm(
-        self, norm: Callable[[Array], Array], x: Array, carried: Any, **arguments: Any
-    ) -> tuple[Array, Array, Any]:
-        """q is made of x as it is, and so is the residual."""
-        return x, *self(x, carried, normed=norm(x), **arguments)

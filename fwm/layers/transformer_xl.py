@@ -1,7 +1,7 @@
 """Transformer-XL's mixer: softmax attention over a memory and the segment, relative positions."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -36,8 +36,9 @@ class RelativeAttention(Mixer):
     these are filled [B]).
     """
 
-    carries: ClassVar[Literal["never", "asked", "always"]] = "always"
-    adds_positions: ClassVar[bool] = False
+    carries = "always"
+    adds_positions = False
+    norms_itself = True
 
     n_head: int
     d_head: int
@@ -127,9 +128,3 @@ class RelativeAttention(Mixer):
         memory, channels = self.mem_len / length, self.n_head * self.d_head
         scores = 6 * channels * (self.mem_len + length / 2)
         return scores + channels * d_model * (8 + 6 * memory + 2 * (1 + memory))
-
-    def pre_lnorm(
-        self, norm: Callable[[Array], Array], x: Array, carried: Any, **arguments: Any
-    ) -> tuple[Array, Array, Any]:
-        """What is remembered is normalised when it is read; the residual is x as it is."""
-        return x, *self(x, carried, norm=norm, **arguments)

@@ -161,7 +161,7 @@ def _rows_forward(rule, plan, features, inputs, keep):
     def step(carry, group):
         m, out = carry
         q, k, *rest = (_cut(plan, group, x) for x in padded)
-        arrays = [mapped(features, q), mapped(features, k), *rest]
+        arrays = [*_addresses(plan, length, group, features, q, k), *rest]
         start = m
         m, part, kept = rule.chunked.forward(m, *(x.astype(m.dtype) for x in arrays))
         kept = start if rule.chunked.backward is None else kept
@@ -193,18 +193,13 @@ def _rows_backward(rule, plan, features, inputs):
         dm, dfeatures, gradients = carry
         group, kept = inputs
         q, k, *rest = (_cut(plan, group, x) for x in padded)
-        q, pull_q = jax.vjp(mapped, features, q)
-        k, pull_k = jax.vjp(mapped, features, k)
+        (q, k), pull = jax.vjp(partial(_addresses, plan, length, group), features, q, k)
         arrays = [x.astype(dm.dtype) for x in (q, k, *rest)]
         dpart = _cut(plan, group, dout).astype(dm.dtype)
         backward = rule.chunked.backward or partial(_differentiated, rule.chunked.forward)
         dm, (dq, dk, *drest) = backward(dm, kept, dpart, *arrays)
-        df_q, dq = pull_q(dq.astype(q.dtype))
-        df_k, dk = pull_k(dk.astype(k.dtype))
-        dfeatures = jax.tree.map(
-            lambda total, a, b: total + a.astype(total.dtype) + b.astype(total.dtype),
-            dfeatures, df_q, df_k,
-        )  # fmt: skip
+        change, dq, dk = pull((dq.astype(q.dtype), dk.astype(k.dtype)))
+        dfeatures = jax.tree.map(lambda sums, x: sums + x.astype(sums.dtype), dfeatures, change)
         parts = (dq, dk, *drest)
         return (dm, dfeatures, jax.tree.map(partial(_put, plan, group), gradients, parts)), None
 
@@ -254,6 +249,16 @@ def _fill(plan, x, value):
     if not missing:
         return x
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=value)
+
+
+def _addresses(plan, length, group, features, q, k):
+    """The features of a group; 0 for the k of tokens that are not there: those of 0 need not be."""
+    q, k = mapped(features, q), mapped(features, k)
+    n_token = plan.n_chunk * plan.size
+    if features is None or plan.n_group * n_token == length:
+        return q, k
+    there = group * n_token + jnp.arange(n_token) < length
+    return q, jnp.where(there.reshape(plan.n_chunk, 1, plan.size, 1), k, 0)
 
 
 # Groups are cut out of the [B, T, N, F] arrays one at a time, and gradients written back in place:

@@ -20,9 +20,9 @@ def definition(scale, x, keep, w_1, b_1, w_2, b_2):
 def feed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
     """`definition`, with a gradient by hand.
 
-    Because of what automatic differentiation costs here: it keeps three
-    arrays [M, F] for one (y > 0 says where relu and dropout let through), and XLA's CPU backend
-    transposes those arrays in memory for the gradients of the matrices.
+    Because of what automatic differentiation costs here: it keeps three arrays [M, F] for one
+    (y > 0 says where relu and dropout let through), and XLA's CPU backend transposes those arrays
+    in memory for the gradients of the matrices.
     """
     return _forward(scale, x, keep, w_1, b_1, w_2, b_2)[0]
 

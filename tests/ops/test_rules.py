@@ -100,6 +100,38 @@ def test_inputs_of_every_key_feature():
         assert relative_error(actual, wanted) < 1e-5
 
 
+def test_tokens_that_only_fill_up_change_nothing():
+    """Also where a rule has no input that could say so, and a map makes something of zeros."""
+    step = lambda w, k, v: (
+        w + k[..., :, None] * (v - jnp.einsum("bnk,bnkv->bnv", k, w))[..., None, :]
+    )
+
+    def forward(m, q, k, v):
+        def token(m, x):
+            q, k, v = (y[:, None] for y in x)
+            m = m + (v - k @ m.mT).mT * k
+            return m, (q @ m.mT)[:, 0]
+
+        def chunk(m, tokens):
+            m, out = jax.lax.scan(token, m, jax.tree.map(lambda x: x.swapaxes(0, 1), tokens))
+            return m, out.swapaxes(0, 1)
+
+        return *jax.lax.scan(chunk, m, (q, k, v)), None
+
+    q, k, v, _, weights = make_inputs("simplex", 2, 37, 2, 4, 6)
+    weights = np.concatenate([weights] * 4, axis=2)
+    w = np.random.default_rng(1).normal(size=(4, 16))
+    softplus = lambda w, x: jax.nn.softplus(x @ w) / 16  # of 0 not 0
+
+    def run(rule, q, k, v, w, weights):
+        return chunks.run(rule, q, k, v, (), weights, Partial(softplus, w), chunk_size=16)
+
+    expected = exact(partial(run, Rule(step)), (q, k, v, w, weights))
+    actual = results(partial(run, Rule(step, chunked=Chunked(forward))), (q, k, v, w, weights))
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
 @pytest.mark.parametrize(
     # K < 4 H: all features at once; from K = 4 H on by chunks; a large memory: by blocks of rows
     ("width", "rows", "n_value"),

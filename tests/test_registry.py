@@ -1,0 +1,20 @@
+"""Tables of what can be chosen by name."""
+
+import pytest
+
+from fwm.errors import UserError
+from fwm.registry import Table, recording
+
+
+def test_a_recorded_entry_may_be_made_again_but_replaces_none_of_fwms_own():
+    table = Table("rule_of_this_test")
+    table["sum"] = 1
+    for value in (2, 3):
+        with recording() as entries:
+            table["mine"] = value
+        assert (entries, table["mine"]) == (["rule_of_this_test=mine"], value)
+    with recording(), pytest.raises(UserError, match="rule_of_this_test sum is one of fwm's own"):
+        table["sum"] = 4
+    assert table["sum"] == 1
+    with pytest.raises(UserError, match="unknown rule_of_this_test 'max': expected one of sum, m"):
+        table["max"]
