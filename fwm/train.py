@@ -28,9 +28,21 @@ from fwm.files import flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
 from fwm.optimizer import Schedule, adam, learning_rate
 from fwm.reporting import Progress, Reporter, Trace, parameter_table
-from fwm.step import TrainState, init_state, portable, to_devices, to_host, train_step, valid_step
+from fwm.step import (
+    Batch,
+    TrainState,
+    init_state,
+    portable,
+    to_devices,
+    to_host,
+    train_step,
+    valid_step,
+)
 from fwm.tasks import TASKS, Task
 from fwm.workdir import FREE_FIELDS, claim_workdir
+
+# The step's names are importable from here too, as they were before it had a file of its own.
+__all__ = ["Batch", "Run", "TrainState", "init_state", "prepare", "run", "train_step"]
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from program import DPFP, SIZES, call
 
 from configs import default
 from fwm import workdir
@@ -15,12 +16,15 @@ from fwm.errors import UserError
 
 @pytest.fixture(scope="module")
 def trained(place):
-    """A finished run of this module's own, made by its first test."""
+    """A finished run of this module's own."""
+    settings = SIZES | {"data.dir": place / "text", "data.cache_dir": place / "cache"}
+    settings |= {"train.max_step": 2}
+    fields = [f"--config.{name}={value}" for name, value in settings.items()]
+    assert call(f"--config={DPFP}", f"--workdir={place / 'run'}", *fields)[0] == 0
     return place / "run"
 
 
-def test_what_was_trained_is_opened(train, trained):
-    assert train(trained, train__max_step=2)[0] == 0
+def test_what_was_trained_is_opened(trained):
     run = workdir.open(trained)
     assert (run.step, len(run.vocab), run.config.train.max_step) == (2, 6, 2)
     tokens = run.vocab.encode("the cat sat")[None]
