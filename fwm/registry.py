@@ -40,6 +40,10 @@ class Table(MutableMapping[str, T], Generic[T]):
             )
         return self._entries[name]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The entry, or `default` where there is none: `Mapping`'s own waits for a KeyError."""
+        return self._entries.get(name, default)
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

@@ -18,3 +18,4 @@ def test_a_recorded_entry_may_be_made_again_but_replaces_none_of_fwms_own():
     assert table["sum"] == 1
     with pytest.raises(UserError, match="unknown rule_of_this_test 'max': expected one of sum, m"):
         table["max"]
+    assert (table.get("max"), table.get("sum", 0)) == (None, 1)
