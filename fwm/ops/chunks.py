@@ -129,7 +129,7 @@ def run(
     dtype = np.promote_types(np.float32, v.dtype)
     if weights is None:
         weights = jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype)
-    plan = _plan(rule.chunked, (n_batch, length, n_head, n_key), v.shape[-1], chunk_size)
+    plan = _plan(rule.chunked, (n_batch, length, n_head, n_key), weights.shape[-1], chunk_size)
     return _run(rule, plan, weights.astype(dtype), (q, k, v, *inputs), features)
 
 
@@ -167,7 +167,10 @@ def _rows_forward(rule, plan, features, inputs, keep):
         kept = start if rule.chunked.backward is None else kept
         return (m, _put(plan, group, out, part)), checkpoint_name(kept, "memory") if keep else None
 
-    start = (weights.mT.reshape(-1, *weights.mT.shape[2:]), jnp.zeros_like(padded[2]))
+    start = (
+        weights.mT.reshape(-1, *weights.mT.shape[2:]),
+        jnp.zeros((*padded[2].shape[:3], weights.shape[-1]), padded[2].dtype),
+    )
     (m, out), kept = jax.lax.scan(step, start, jnp.arange(plan.n_group))
     return (out[:, :length], m.mT.reshape(weights.shape)), kept
 

@@ -1,6 +1,7 @@
 """What an update rule is, and the rules one token at a time: the definition of all fast forms."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -63,25 +64,152 @@ def delta_step(w: Array, k: Array, v: Array, beta: Array) -> Array:
     return sum_step(w, k, beta[..., None] * (v - _read(w, k)))
 
 
+class Switches(NamedTuple):
+    """Which inputs a rule of the one algebra reads, and how many writes a token makes."""
+
+    delta: bool
+    decay: bool
+    erase: bool
+    n_write: int
+
+
+def by_name(switches: Switches, inputs: tuple[Array, ...]) -> list[Array | None]:
+    """[beta, log_decay, erase_key], None where absent, from those that are there."""
+    given = iter(inputs)
+    present = (switches.delta, switches.decay, switches.erase)
+    return [next(given) if there else None for there in present]
+
+
+def general_step(switches: Switches, w: Array, k: Array, v: Array, *inputs: Array) -> Array:
+    """W' = diag(exp(g)) W, then n times W' + k v^T or W' + beta k (v - W'^T p)^T.
+
+    The n writes of a token lie side by side: k [B, N, n K], v [B, N, n V], and so its inputs.
+    """
+    beta, log_decay, erase = by_name(switches, inputs)
+    if log_decay is not None:
+        w = w * jnp.exp(log_decay.reshape(*w.shape[:2], -1, 1))
+    n = switches.n_write
+    keys, values = jnp.split(k, n, axis=-1), jnp.split(v, n, axis=-1)
+    if beta is None:
+        for key, value in zip(keys, values, strict=True):
+            w = sum_step(w, key, value)
+        return w
+    strengths = jnp.split(beta.reshape(*w.shape[:2], n), n, axis=-1)
+    erased = keys if erase is None else jnp.split(erase, n, axis=-1)
+    for key, value, strength, p in zip(keys, values, strengths, erased, strict=True):
+        w = sum_step(w, key, strength * (value - _read(w, p)))
+    return w
+
+
+class Writes(NamedTuple):
+    """Tokens with the n writes of each side by side in the features, as `general_step` reads."""
+
+    switches: Switches
+    k: Array
+    v: Array
+    inputs: tuple[Array, ...]
+    weights: Array
+
+
+def writes(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    weights: Array | None,
+    log_decay: Array | None,
+    erase_key: Array | None,
+) -> Writes | None:
+    """What `general_step` reads; None where the plain rule, one write a token, is meant.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    n_batch, length, n_head, n_key = q.shape
+    if not length:
+        return None
+    n = k.shape[1] // length
+    if n < 1 or k.shape[1] != n * length:
+        raise ValueError(
+            f"k of shape {k.shape} must have a whole number of writes for each token of q, whose "
+            f"shape is {q.shape}: make its second axis a multiple of {length}."
+        )
+    if erase_key is not None and erase_key.shape != k.shape:
+        raise ValueError(
+            f"erase_key of shape {erase_key.shape} must have the shape of k, {k.shape}: give one "
+            "for every write."
+        )
+    if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
+        raise ValueError(
+            f"log_decay of shape {log_decay.shape} must have the shape of q, {q.shape}, or its "
+            f"first three axes, {q.shape[:3]}: give one per token and head, or per feature too."
+        )
+    if n == 1 and log_decay is None and erase_key is None:
+        return None
+    for name, x in (("v", v), ("beta", beta)):
+        if x is not None and x.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                f"{name} of shape {x.shape} does not fit k of shape {k.shape}: give one for every "
+                "write."
+            )
+
+    def fold(x: Array) -> Array:
+        x = x.reshape(n_batch, length, n, n_head, -1)
+        return jnp.moveaxis(x, 2, 3).reshape(n_batch, length, n_head, -1)
+
+    given = (beta, log_decay, erase_key)
+    folded = (beta if beta is None else fold(beta), log_decay,
+              erase_key if erase_key is None else fold(erase_key))  # fmt: skip
+    if weights is None:
+        dtype = np.promote_types(np.float32, v.dtype)
+        weights = jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype)
+    return Writes(
+        Switches(*(x is not None for x in given), n_write=n),
+        fold(k),
+        fold(v),
+        tuple(x for x in folded if x is not None),
+        weights,
+    )
+
+
 def sum_rule(
     q: Float[Array, "B T N K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N V"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N V"],
     weights: Float[Array, "B N K V"] | None = None,
+    *,
+    log_decay: Float[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
-    """W_t = W_(t-1) + k_t v_t^T; out_t = W_t^T q_t (paper, equations 17-18)."""
-    return scan_tokens(sum_step, q, k, v, (), weights)
+    """W_t = exp(g_t) W_(t-1) + k_t v_t^T; out_t = W_t^T q_t (paper, equations 17-18)."""
+    several = writes(q, k, v, None, weights, log_decay, None)
+    if several is None:
+        return scan_tokens(sum_step, q, k, v, (), weights)
+    return _scan_writes(q, several)
 
 
 def delta_rule(
     q: Float[Array, "B T N K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N V"],
-    beta: Float[Array, "B T N"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N V"],
+    beta: Float[Array, "B S N"],
     weights: Float[Array, "B N K V"] | None = None,
+    *,
+    log_decay: Float[Array, "..."] | None = None,
+    erase_key: Float[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
-    """W_t = W_(t-1) + beta_t k_t (v_t - W_(t-1)^T k_t)^T; out_t = W_t^T q_t (section 4.2)."""
-    return scan_tokens(delta_step, q, k, v, (beta,), weights)
+    """W_t = W' + beta_t k_t (v_t - W'^T p_t)^T, W' = exp(g_t) W_(t-1); out_t = W_t^T q_t.
+
+    Paper, section 4.2; the arguments as of `fwm.ops.delta_rule`.
+    """
+    several = writes(q, k, v, beta, weights, log_decay, erase_key)
+    if several is None:
+        return scan_tokens(delta_step, q, k, v, (beta,), weights)
+    return _scan_writes(q, several)
+
+
+def _scan_writes(q, several):
+    step = partial(general_step, several.switches)
+    return scan_tokens(step, q, several.k, several.v, several.inputs, several.weights)
 
 
 def _read(w, q):
@@ -91,8 +219,8 @@ def _read(w, q):
 def scan_tokens(
     step: Callable[..., Array],
     q: Float[Array, "B T N K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N V"],
+    k: Float[Array, "B T N _"],
+    v: Float[Array, "B T N _"],
     inputs: tuple[Array, ...],
     weights: Float[Array, "B N K V"] | None = None,
     *,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fwm.ops import chunks, recurrent
+from fwm.ops import chunks, general, recurrent
 from fwm.ops.chunks import Chunked, scan_chunks
 from fwm.ops.inverse import unit_inverse
 from fwm.ops.recurrent import Input, Rule
@@ -169,19 +169,22 @@ UPDATE_RULES["delta"] = DELTA
 
 def sum_rule(
     q: Float[Array, "B T N K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N V"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N V"],
     weights: Float[Array, "B N K V"] | None = None,
     *,
+    log_decay: Float[Array, "..."] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
-    """W_t = W_(t-1) + k_t v_t^T; out_t = W_t^T q_t (paper, equations 17-18).
+    """W_t = exp(g_t) W_(t-1) + k_t v_t^T; out_t = W_t^T q_t (paper, equations 17-18).
 
     Args:
         q: queries, already mapped to features, as k.
-        k: keys.
-        v: values.
+        k: keys; S = T n for n writes a token, those of one token one after the other.
+        v: values, as many as keys.
         weights: the state before the first token; None: zeros.
+        log_decay: g [B, T, N] or, for each feature, [B, T, N, K], at most 0; before a token's
+            first write; -inf forgets all that was. None: 0.
         chunk_size: tokens per chunk; None: the fastest known for shape and backend.
 
     Returns:
@@ -189,21 +192,37 @@ def sum_rule(
 
     Raises:
         UserError: a chunk_size below 1, no token.
+        ValueError: shapes that do not belong together.
     """
-    return chunks.run(SUM, q, k, v, (), weights, chunk_size=chunk_size)
+    several = recurrent.writes(q, k, v, None, weights, log_decay, None)
+    if several is None:
+        return chunks.run(SUM, q, k, v, (), weights, chunk_size=chunk_size)
+    return _run_writes(q, several, chunk_size)
 
 
 def delta_rule(
     q: Float[Array, "B T N K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N V"],
-    beta: Float[Array, "B T N"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N V"],
+    beta: Float[Array, "B S N"],
     weights: Float[Array, "B N K V"] | None = None,
     *,
+    log_decay: Float[Array, "..."] | None = None,
+    erase_key: Float[Array, "..."] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
-    """W_t = W_(t-1) + beta_t k_t (v_t - W_(t-1)^T k_t)^T; out_t = W_t^T q_t (paper, section 4.2).
+    """W_t = W' + beta_t k_t (v_t - W'^T p_t)^T, W' = exp(g_t) W_(t-1); out_t = W_t^T q_t.
 
-    Args and results as of `sum_rule`; beta holds the write strengths.
+    Paper, section 4.2, and the wider family (Yang et al. 2024, arXiv 2412.06464; Siems et al. 2025,
+    arXiv 2502.10297). Args, results and errors as of `sum_rule`; beta [B, S, N] holds the write
+    strengths, erase_key p [B, S, N, K] where the value to remove is read; None: at k.
     """
-    return chunks.run(DELTA, q, k, v, (beta,), weights, chunk_size=chunk_size)
+    several = recurrent.writes(q, k, v, beta, weights, log_decay, erase_key)
+    if several is None:
+        return chunks.run(DELTA, q, k, v, (beta,), weights, chunk_size=chunk_size)
+    return _run_writes(q, several, chunk_size)
+
+
+def _run_writes(q, several, chunk_size):
+    rule, (_, k, v, inputs, weights) = general.rule(several.switches), several
+    return chunks.run(rule, q, k, v, inputs, weights, chunk_size=chunk_size)
