@@ -24,9 +24,10 @@ from ml_collections import ConfigDict, config_flags
 from configs import default, linear_delta
 from fwm import evaluate, generate, parallel, registry, reporting, retrieval, train
 from fwm.config import build_config
+from fwm.data.sources import label
 from fwm.errors import UserError
-from fwm.files import flatten
-from fwm.workdir import check_holds_run, config_of_run, saved_config
+from fwm.files import expanded, flatten
+from fwm.workdir import check_holds_run, config_of_run, saved_config, texts_of_run
 
 MODES = ["train", "valid", "eval", "valid,eval", "generate", "compare", "retrieval"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -57,7 +58,8 @@ def job_name(config: ConfigDict) -> str:
 
 def _describe(config: ConfigDict) -> str:
     m, t = config.model, config.train
-    learned = config.data.name.replace(":", "-") if config.task == "text" else config.task
+    text = label(config.data.name, config.data.dir).replace(":", "-")
+    learned = text if config.task == "text" else config.task
     mixer = build_config(m.to_dict(), n_token=2**31 - 1).make_mixer()  # of any vocabulary
     parts = [learned, *mixer.name_parts(m.mixer)]
     parts += [m.norm] * (m.norm != "post") + ["nopos"] * m.no_pos
@@ -138,7 +140,8 @@ def compare(workdirs: list[Path]) -> int:
     figure = workdirs[0] / "compare.png"
     settings = {workdir: saved_config(workdir) for workdir in workdirs}
     paper = {path: reporting.paper_result(settings[path], published()) for path in workdirs}
-    print(reporting.compare(workdirs, figure, paper, settings))
+    texts = {workdir: texts_of_run(workdir) for workdir in workdirs}
+    print(reporting.compare(workdirs, figure, paper, settings, texts))
     print(f"Learning curves: {figure}")
     return 0
 
@@ -155,8 +158,8 @@ def dispatch(argv: list[str]) -> int:
     if PROMPT.value and MODE.value != "generate":
         raise UserError(f"--prompt belongs to --mode=generate, but the mode is {MODE.value}.")
     if MODE.value == "retrieval":
-        return retrieval.run(config, Path(WORKDIR.value or f"runs/retrieval-{config.setting}"))
-    workdir = Path(WORKDIR.value or Path("runs", job_name(config)))
+        return retrieval.run(config, expanded(WORKDIR.value or f"runs/retrieval-{config.setting}"))
+    workdir = expanded(WORKDIR.value or Path("runs", job_name(config)))
     if MODE.value != "train":
         if not WORKDIR.value:
             raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
@@ -168,15 +171,18 @@ def dispatch(argv: list[str]) -> int:
         if MODE.value == "compare":
             if overrides:
                 raise UserError("--mode=compare has no settings: leave --config.... out.")
-            return compare([Path(name) for name in WORKDIR.value.split(",")])
+            return compare([expanded(name) for name in WORKDIR.value.split(",")])
         config = config_of_run(workdir, overrides)
     # Absolute, so that an evaluation finds the text from anywhere.
     for field in ("dir", "cache_dir"):
-        if config.data[field]:
-            config.data[field] = str(Path(config.data[field]).expanduser().absolute())
+        # The default cache is everybody's own, also where somebody else's run is evaluated.
+        if config.data[field] and not (field == "cache_dir" and config.data[field][0] == "~"):
+            config.data[field] = str(expanded(config.data[field]).absolute())
+    if not config.data.cache_dir:
+        raise UserError("config.data.cache_dir is empty: give a folder, such as ~/.cache/fwm.")
     # Compiled programs are kept, so that a second start takes a fraction of the first.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache_dir, "xla")))
+        jax.config.update("jax_compilation_cache_dir", str(expanded(config.data.cache_dir) / "xla"))
     if MODE.value == "train":
         return train.run(config, workdir, _describe(config))
     if MODE.value == "generate":

@@ -6,11 +6,13 @@ How a model is scored is said in `fwm.score`, whose public names are importable 
 import dataclasses
 import itertools
 import json
+import math
 import os
+import re
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from fwm.score import (
     sliding_window,
 )
 from fwm.tasks import TASKS
-from fwm.workdir import restore
+from fwm.workdir import restore, texts_of_run
 
 __all__ = ["Score", "automatic_batch_size", "carry_over", "reading", "run", "sliding_window"]
 
@@ -65,7 +67,8 @@ def run(
 ) -> list[dict] | None:
     """Score `splits` with the checkpoints `config.eval.checkpoint` of `workdir`.
 
-    Writes `<split>_results.json` there; of several checkpoints `<split>_results_<step>.json`.
+    Writes `<split>_results.json` there; of several checkpoints `<split>_results_<step>.json`; on
+    another text than the run's own `<split>_results_<text>-<digest>.json`, and so on.
     Totals are saved every minute: an evaluation that was killed or interrupted (None is returned
     then) goes on from there, to exactly the same total.
 
@@ -110,7 +113,12 @@ def _score_one(
         **protocol.key(),
         **config.eval.to_dict(),
     }
-    kept = PartialFile(workdir / f"{split}_partial.npz", key)
+    text = task.texts.get(split)
+    own = texts_of_run(workdir).get(split)
+    # Known only where both are: runs of earlier versions have no digest.
+    of_run = text["digest"] == own["digest"] if text and own else None
+    other = f"_{_file_name(text)}" if text and of_run is False else ""
+    kept = PartialFile(workdir / f"{split}_partial{other}.npz", key)
     done = kept.load(protocol.empty())
     if done is not None:
         say(f"going on after {done.score.count} of {done.expected} tokens.")
@@ -118,7 +126,6 @@ def _score_one(
     if last is None:
         return None
     score = finish([last])
-    kept.path.unlink(missing_ok=True)
     sums = {"nll": score.total_nll, "count": score.count, **last.sums}
     # The loss is the mean nll, which all results have.
     metrics = {name: x for name, x in task.metrics(sums).items() if name != "loss"}
@@ -138,19 +145,41 @@ def _score_one(
         "unit": task.unit,
         "checkpoint_step": step,
         "seconds": seconds,
+        "text": None if text is None else {**text, "of_run": of_run},
+        "dtype": config.model.dtype,
+        "eval": config.eval.to_dict(),
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
         **metrics,
     }
     several = "," in config.eval.checkpoint
-    path = workdir / f"{split}_results{f'_{step}' if several else ''}.json"
-    write_json(path, results)
+    path = workdir / f"{split}_results{other}{f'_{step}' if several else ''}.json"
     unit = "character" if task.unit == "character" else "token"
     say(
         f"perplexity {score.perplexity:.3f}, {score.bits_per_token:.4f} bits per {unit}"
         + "".join(f", {name} {value:.4f}" for name, value in metrics.items())
         + f" over {score.count} tokens, checkpoint of step {step}, {seconds:.1f} s; {path}"
     )
+    # Said before it is written, and the partial score goes last: nothing that was found is lost.
+    try:
+        write_json(path, {name: _strict(value) for name, value in results.items()})
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}), and the result stands only in the line "
+            "above: make it writable and run the same command again."
+        ) from error
+    kept.path.unlink(missing_ok=True)
     return results
+
+
+def _file_name(text: Mapping[str, Any]) -> str:
+    """Another text in the name of a file: what it is called, and the beginning of its digest."""
+    called = Path(text["dir"]).name or text["name"]
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', called)[:40]}-{text['digest'][:8]}"
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no number that is not finite: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +203,12 @@ class PartialFile:
             **{f"sum_{name}": np.float64(value) for name, value in partial.sums.items()},
         }
         new = self.path.with_suffix(".new.npz")
-        np.savez(new, **arrays)
-        os.replace(new, self.path)
+        try:
+            np.savez(new, **arrays)
+            os.replace(new, self.path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
 
     def load(self, memory: Any) -> Partial | None:
         """What an interrupted evaluation of the same key left, its memory shaped as `memory`.
@@ -216,8 +249,11 @@ def _watched(
             now = time.monotonic()
             if now - saved >= SAVED_EVERY:
                 saved = now
-                kept.save(partial)
-            if now - said >= SAID_EVERY:
+                try:
+                    kept.save(partial)
+                except OSError as error:
+                    say(f"warning: {kept.path} cannot be written ({error.strerror}); going on.")
+            if now - said >= SAID_EVERY and partial.score.count:
                 said = now
                 position = partial.position - (done.position if done else 0)
                 speed, score = position / (now - started), partial.score
@@ -227,12 +263,16 @@ def _watched(
                     f"perplexity so far {score.perplexity:.2f}, {left:.0f} s left"
                 )
     except KeyboardInterrupt:
-        if partial is not None:
-            kept.save(partial)
-            say(
+        if partial is not None and partial.score.count:
+            found = (
                 f"interrupted; PARTIAL perplexity {partial.score.perplexity:.3f} over the first "
-                f"{partial.score.count} of {partial.expected} tokens; the same command goes on "
-                "from here."
+                f"{partial.score.count} of {partial.expected} tokens; "
             )
+            try:
+                kept.save(partial)
+            except OSError as error:
+                say(f"{found}{kept.path} cannot be written ({error.strerror}), so that it is lost.")
+            else:
+                say(f"{found}the same command goes on from here.")
         return None
     return partial

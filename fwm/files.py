@@ -12,6 +12,16 @@ from typing import Any
 from fwm.errors import UserError
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` as that user's home; UserError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} begins with a home folder that cannot be found: write the whole path."
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON so that a reader sees the old file or the new one, never a part."""
     partial = path.with_name(path.name + ".tmp")

@@ -26,6 +26,14 @@ from fwm.model import LanguageModel, ModelConfig, empty_memory
 Stream = Int[np.ndarray, " S"] | Int[Array, " S"]
 
 
+def perplexity(mean_nll: float) -> float:
+    """exp(mean nll); infinity where no float is that large."""
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """Sum of -log p over scored tokens, in nats, and their number."""
@@ -40,8 +48,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean nll)."""
-        return math.exp(self.mean_nll)
+        """exp(mean nll); infinity where no float is that large."""
+        return perplexity(self.mean_nll)
 
     @property
     def bits_per_token(self) -> float:

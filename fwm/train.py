@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import signal
 import threading
 import time
@@ -28,6 +29,7 @@ from fwm.files import flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
 from fwm.optimizer import Schedule, adam, learning_rate
 from fwm.reporting import Progress, Reporter, Trace, parameter_table
+from fwm.score import perplexity
 from fwm.step import (
     Batch,
     TrainState,
@@ -39,10 +41,16 @@ from fwm.step import (
     valid_step,
 )
 from fwm.tasks import TASKS, Task
-from fwm.workdir import FREE_FIELDS, claim_workdir
+from fwm.workdir import claim_workdir
 
 # The step's names are importable from here too, as they were before it had a file of its own.
 __all__ = ["Batch", "Run", "TrainState", "init_state", "prepare", "run", "train_step"]
+
+# What each of several processes may have for itself. When they validate they must agree on.
+OWN_FIELDS = (
+    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
+    "train.profile_steps", "registered_in",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -171,7 +179,7 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
             if first:
                 held.enter_context(lock_workdir(workdir))
                 resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
-                claim_workdir(workdir, config, task.vocab, resume)
+                claim_workdir(workdir, config, task.vocab, resume, task.texts)
         checkpoints = held.enter_context(Checkpoints(workdir / "checkpoints", told))
         carries = model.config.carries(t.carry_over_fast_weight)
         empty = jax.eval_shape(functools.partial(empty_memory, model.config, t.batch_size))
@@ -183,8 +191,7 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
             step, state = _begin(init, checkpoints)
         if step:
             told(f"Resuming {workdir} at step {step}.")
-        # What may differ does not decide what is computed.
-        own = {k: v for k, v in flatten(c.to_dict()).items() if not k.startswith(FREE_FIELDS)}
+        own = {k: v for k, v in flatten(c.to_dict()).items() if not k.startswith(OWN_FIELDS)}
         parallel.check_same(
             json.dumps([own, task.identity(), step, jax.local_device_count()]),
             "settings, text, last checkpoint (--workdir has to be one that all see) or device "
@@ -294,11 +301,12 @@ def _summary(c: Any, task: Task) -> str:
 
 def _farewell(this: Run) -> str:
     checkpoints, workdir = this.checkpoints, this.workdir
+    flag = f"--workdir={shlex.quote(str(workdir))}"
     step, best = checkpoints.latest_step(), checkpoints.best_step()
     if step != this.config.train.max_step or best is None:
-        return f"Stopped. Saved at step {step}: the same command with --workdir={workdir} goes on."
+        return f"Stopped. Saved at step {step}: the same command with {flag} goes on."
     loss = checkpoints.valid_loss(best)
     return (
-        f"Done. Best validation perplexity {math.exp(loss):.2f} (approximate, step {best}); the "
-        f"run lies in {workdir}.\nExact perplexity: python main.py --mode=valid --workdir={workdir}"
+        f"Done. Best validation perplexity {perplexity(loss):.2f} (approximate, step {best}); the "
+        f"run lies in {workdir}.\nExact perplexity: python main.py --mode=valid {flag}"
     )

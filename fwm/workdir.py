@@ -4,8 +4,11 @@ Needs nothing but the installed package: no config file, and none is ever execut
 names it.
 """
 
+import itertools
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +27,11 @@ from fwm.model import LanguageModel
 FREE_FIELDS = (
     "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.", "model.dtype",
     "train.batch_chunk", "train.eval_batch_size", "train.nan_policy", "train.profile_steps",
-    "registered_in",
+    "train.eval_interval", "train.log_interval", "registered_in",
 )  # fmt: skip
 # What an evaluation may change; everything else is the run's own.
 EVALUATION_FIELDS = ("data.", "eval.", "generate.", "report.", "model.dtype")
+TEXTS = "text.json"
 # Keys that earlier versions had, with the value that they must have had.
 GONE: Mapping[str, Any] = {}
 
@@ -58,7 +62,8 @@ def saved_config(workdir: Path) -> dict[str, Any]:
     if unknown and saved.get("registered_in"):
         raise UserError(
             f"{path} has settings that are not known here ({unknown}): give "
-            f"--config={saved['registered_in']}, the file that the run was trained with."
+            f"--config={shlex.quote(saved['registered_in'])}, the file that the run was trained "
+            "with."
         )
     if unknown:
         raise UserError(
@@ -68,8 +73,17 @@ def saved_config(workdir: Path) -> dict[str, Any]:
     return known | {key: value for key, value in saved.items() if key in known}
 
 
-def claim_workdir(workdir: Path, config: Any, vocab: Vocabulary, resume: bool) -> None:
-    """Write config.json and vocab.txt into a workdir; if a run is resumed, refuse a different one.
+def claim_workdir(
+    workdir: Path,
+    config: Any,
+    vocab: Vocabulary,
+    resume: bool,
+    texts: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> None:
+    """Write what a run is of into its workdir; if a run is resumed, refuse a different one.
+
+    That is config.json, vocab.txt and text.json. The last has `texts`, the task's own; a run of an
+    earlier version has none, and is taken to be of the text that it is first resumed with.
 
     Raises:
         UserError: the workdir holds a run with other settings (each is listed) or another text.
@@ -91,11 +105,49 @@ def claim_workdir(workdir: Path, config: Any, vocab: Vocabulary, resume: bool) -
         old = Vocabulary.load(workdir / "vocab.txt")
         if old.symbols != vocab.symbols:
             raise UserError(
-                f"{workdir} holds a run on another text: its vocabulary has {len(old)} entries, "
-                f"this one {len(vocab)}; give the same text or another --workdir."
+                f"{workdir} holds a run on another text: {_first_difference(old, vocab)}; give the "
+                "same text or another --workdir."
             )
+        for split, was in texts_of_run(workdir).items():
+            is_now = texts.get(split, was)
+            if is_now["digest"] != was["digest"]:
+                raise UserError(
+                    f"{workdir} holds a run on another text: its {split} split has "
+                    f"{was['tokens']} tokens with the digest {was['digest']}, this one "
+                    f"{is_now['tokens']} with {is_now['digest']}; give the same text or another "
+                    "--workdir."
+                )
+        texts = {**texts_of_run(workdir), **texts}
+    write_json(workdir / TEXTS, {split: dict(text) for split, text in texts.items()})
     vocab.save(workdir / "vocab.txt")
     write_json(path, new)
+
+
+def _first_difference(old: Vocabulary, new: Vocabulary) -> str:
+    pairs = itertools.zip_longest(old.symbols, new.symbols)
+    number, (then, now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    word = lambda symbol: "nothing" if symbol is None else repr(symbol)
+    return (
+        f"entry {number} of its vocabulary of {len(old)} is {word(then)} and of this one of "
+        f"{len(new)} {word(now)}"
+    )
+
+
+def texts_of_run(workdir: Path) -> dict[str, dict[str, Any]]:
+    """By split, the text that a run is of: at least `digest` and `tokens`; {} of an older version.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = workdir / TEXTS
+    if not path.exists():
+        return {}
+    texts = read_json(path)
+    if not isinstance(texts, dict) or not all(
+        isinstance(text, dict) and {"digest", "tokens"} <= text.keys() for text in texts.values()
+    ):
+        raise UserError(f"{path} is damaged: restore it, or remove it to have no text checked.")
+    return texts
 
 
 def config_of_run(workdir: Path, overrides: Mapping[str, Any]) -> ConfigDict:
@@ -124,7 +176,8 @@ def _read_config(workdir: Path, needed: str = "") -> ConfigDict:
     if missing and saved["registered_in"]:
         raise UserError(
             f"{workdir} was trained with {saved['registered_in']}, which registers "
-            f"{', '.join(missing)}: give --config={saved['registered_in']} too."
+            f"{', '.join(missing)}: give "
+            f"--config={shlex.quote(saved['registered_in'])} too."
         )
     try:
         config.update_from_flattened_dict(saved)

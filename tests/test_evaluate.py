@@ -52,6 +52,27 @@ def test_totals_are_saved_every_minute(monkeypatch, tmp_path):
     assert kept.load(None) == partials[1]
 
 
+def test_a_partial_score_that_cannot_be_saved_costs_a_warning(monkeypatch, tmp_path):
+    clock = iter(range(0, 1000, 70))
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
+    partials = tuple(Partial(Score(800.0 * n, n), 20, n) for n in (10, 20))
+    kept = PartialFile(tmp_path / "nothing" / "valid_partial.npz", KEY)
+    lines = []
+    assert evaluate._watched(Scripted(partials), None, kept, lines.append) == partials[-1]
+    assert "cannot be written (No such file or directory); going on." in lines[0]
+    assert "perplexity so far inf" in lines[1]
+    stopped = Scripted(partials, interrupted=True)
+    assert evaluate._watched(stopped, None, kept, lines.append) is None
+    assert lines[-1].startswith("interrupted; PARTIAL perplexity inf over the first 20 of 20")
+
+
+def test_a_perplexity_too_large_for_a_float():
+    score = Score(7100.0, 10)
+    assert (score.mean_nll, score.perplexity) == (710.0, float("inf"))
+    assert evaluate._strict(score.perplexity) is evaluate._strict(float("nan")) is None
+    assert evaluate._strict(score.mean_nll) == 710.0
+
+
 def test_an_interrupted_scoring_is_saved(tmp_path):
     partial = Partial(Score(20.0, 10), 40, 10, sums={"correct": 7.0})
     kept = PartialFile(tmp_path / "valid_partial.npz", KEY)

@@ -14,7 +14,7 @@ FILES = {
 ALLOWED = {
     "fwm.errors": set(),
     "fwm.ops": {"fwm.errors", "fwm.registry"},
-    "fwm.data": {"fwm.errors"},
+    "fwm.data": {"fwm.errors", "fwm.files"},
     "fwm.optimizer": {"fwm.errors"},
     "fwm.parallel": {"fwm.errors"},
     "fwm.files": {"fwm.errors"},

@@ -117,11 +117,32 @@ def test_exact_perplexity(trained, tmp_path, mode, split, tokens):
     }  # fmt: skip
     assert {name: results[name] for name in expected} == expected
     fields = ("batch_size", "checkpoint_step", "seconds", "versions", "split_stream")
+    fields += ("text", "dtype", "eval")
+    text = results["text"]
+    assert (text["tokens"], text["of_run"], len(text["digest"])) == (tokens, True, 32)
     assert results.keys() == {*expected, *fields, "mean_nll", "perplexity", "bits_per_token"}
     assert results["perplexity"] == pytest.approx(2.0 ** results["bits_per_token"])
     assert results["perplexity"] == pytest.approx(2.718281828459045 ** results["mean_nll"])
     assert results["checkpoint_step"] in (2, 4)
     assert f"{split}: perplexity {results['perplexity']:.3f}" in out
+
+
+def test_a_result_on_another_text_has_a_file_of_its_own(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    text = write_text(tmp_path / "my text")
+    (text / "test.txt").write_text("the cat sat\n" * 5)
+    status, out, _ = evaluate("eval", workdir, f"--config.data.dir={text}")
+    assert status == 0
+    (path,) = workdir.glob("test_results*")
+    results = json.loads(path.read_text())
+    assert path.name == f"test_results_my-text-{results['text']['digest'][:8]}.json"
+    assert (results["text"]["of_run"], results["text"]["dir"]) == (False, str(text))
+    # What has been found is told also where it cannot be written.
+    path.unlink()
+    path.mkdir()
+    status, out, err = evaluate("eval", workdir, f"--config.data.dir={text}")
+    assert f"perplexity {results['perplexity']:.3f}" in out
+    refused((status, out, err), "cannot be written .* and the result stands only in the line above")
 
 
 def test_a_chosen_checkpoint_and_protocol(trained, tmp_path):
@@ -528,7 +549,10 @@ def test_resuming_with_other_settings_lists_each_with_both_values(trained, train
 def test_resuming_on_another_text_is_refused(trained, train, tmp_path):
     text = write_text(tmp_path / "text", train="the cat and the hat\n" * 20)
     before = contents(trained[0])
-    refused(train(trained[0], data__dir=text), r"run on another text: its vocabulary has 6 entries")
+    refused(
+        train(trained[0], data__dir=text),
+        "another text: entry 3 of its vocabulary of 6 is 'sat' and of",
+    )
     assert contents(trained[0]) == before
 
 

@@ -11,6 +11,7 @@ from program import DPFP, SIZES, call
 
 from configs import default
 from fwm import workdir
+from fwm.data import Vocabulary
 from fwm.errors import UserError
 
 
@@ -77,6 +78,32 @@ def test_keys_and_names_of_ones_own_name_the_file_they_come_from(trained, tmp_pa
     named = change(trained, tmp_path, task="mine", **own)
     with pytest.raises(UserError, match=r"own\.py, which registers task=mine: give --config=/mine"):
         workdir.config_of_run(named, {})
+
+
+def test_another_text_is_refused(tmp_path):
+    config, vocab = default.get_config(), Vocabulary(("<eos>", "a", "b"))
+    texts = {"train": {"digest": "aa", "tokens": 9}}
+    workdir.claim_workdir(tmp_path, config, vocab, False, texts)
+    later = texts | {"test": {"digest": "cc", "tokens": 2}}
+    workdir.claim_workdir(tmp_path, config, vocab, True, later)
+    assert workdir.texts_of_run(tmp_path) == later
+    config.train.eval_interval, config.train.log_interval = 7, 3
+    workdir.claim_workdir(tmp_path, config, vocab, True, {})
+    assert workdir.texts_of_run(tmp_path) == later
+    other = {"train": {"digest": "bb", "tokens": 8}}
+    with pytest.raises(UserError, match=r"train split has 9 tokens .* aa, this one 8 with bb"):
+        workdir.claim_workdir(tmp_path, config, vocab, True, other)
+    for symbols, message in (
+        (("<eos>", "a", "c"), "entry 2 of its vocabulary of 3 is 'b' and of this one of 3 'c'"),
+        (("<eos>", "a"), "entry 2 of its vocabulary of 3 is 'b' and of this one of 2 nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            workdir.claim_workdir(tmp_path, config, Vocabulary(symbols), True, texts)
+    assert workdir.texts_of_run(tmp_path) == later
+    # A run of an earlier version is of the text that it is resumed with.
+    (tmp_path / "text.json").unlink()
+    workdir.claim_workdir(tmp_path, config, vocab, True, other)
+    assert workdir.texts_of_run(tmp_path) == other
 
 
 def test_what_may_differ_are_settings():

@@ -33,9 +33,9 @@ def build_once(final: Path, build: Callable[[Path], None]) -> None:
     Raises:
       UserError: the directory cannot be written.
     """
-    if final.exists():
-        return
     with _writing(final.parent):
+        if final.exists():
+            return
         locks = final.parent / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with open(locks / final.name, "w") as lock:

@@ -3,9 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -13,12 +14,13 @@ from jaxtyping import Int32
 from fwm.data import segments, tokens
 from fwm.data.cache import build_once, file_digest
 from fwm.data.segments import ALL_ROWS, ShuffledSentences
-from fwm.data.sources import SPLITS, Source, layout, locate
+from fwm.data.sources import SPLITS, Source, label, layout, locate
 from fwm.data.vocabulary import UNK, Vocabulary
 from fwm.errors import UserError
+from fwm.files import expanded
 
 # Part of every cache key: raise it when the meaning of the files changes.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Corpus:
     unit: str
     warnings: tuple[str, ...] = ()
     sentences: bool = False
+    # Of every split that was prepared: name, dir, digest of the tokens, tokens.
+    texts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def _shuffled(self) -> ShuffledSentences:
@@ -76,7 +80,12 @@ def load(
       UserError: the text is not there, lacks a split, is empty, not UTF-8 or not of this kind, has
         words that the given vocabulary cannot express, or the cache cannot be written.
     """
-    cache = Path(cache_dir)
+    if not cache_dir:
+        raise UserError(
+            "config.data.cache_dir is empty; expected the folder where the encoded text is kept,"
+            " by default ~/.cache/fwm."
+        )
+    cache, dir = expanded(cache_dir), str(expanded(dir)) if dir else ""
     source = locate(name, dir, cache, download)
     needed = splits if vocab is not None else (*splits, "train")
     for split in needed:
@@ -101,14 +110,21 @@ def load(
     if vocab is None:
         # Our own file, written whole: the checks of Vocabulary.load would double the time.
         vocab = Vocabulary(tuple(made.read_text("utf-8").split()))
-    warnings = json.loads((entry / "meta.json").read_text())["warnings"]
+    meta = json.loads((entry / "meta.json").read_text())
+    # The same text may lie in several folders, so that the paths are not part of what is kept.
+    warnings = {split: f"{source.spans[split].path}: {w}" for split, w in meta["warnings"].items()}
+    shown = label(name, dir)
     return Corpus(
-        name=name,
+        name=shown,
         vocab=vocab,
         streams={split: np.memmap(entry / f"{split}.int32", np.int32, "r") for split in splits},
         unit=source.unit,
         warnings=tuple(warnings[split] for split in splits if split in warnings),
         sentences=name.removeprefix("tfds:") == "lm1b",
+        texts={
+            split: {"name": shown, "dir": dir, "digest": digest, "tokens": meta["tokens"][split]}
+            for split, digest in meta["digests"].items()
+        },
     )
 
 
@@ -161,13 +177,15 @@ def _prepare(source: Source, splits: Sequence[str], vocab: Vocabulary | None, fo
     else:
         added = ""
     warnings = {
-        split: f"{spans[split].path}: {sum(counts[split][word] for word in words)} occurrences of"
+        split: f"{sum(counts[split][word] for word in words)} occurrences of"
         f" {len(words)} different words that the training text lacks (the first is {words[0]!r})"
         f" are read as <unk>{added}."
         for split, words in missing.items()
         if words and source.min_count == 1
     }
-    sizes = {
+    if source.unit == "word" and "train" in counts and (text := _spaceless(counts["train"])):
+        warnings["train"] = " ".join([text, *filter(None, [warnings.get("train")])])
+    written = {
         split: tokens.write_stream(
             parts[split],
             vocab.index,
@@ -179,7 +197,29 @@ def _prepare(source: Source, splits: Sequence[str], vocab: Vocabulary | None, fo
     for leftover in folder.glob("*.*.*"):
         leftover.unlink()
     vocab.save(folder / "vocab.txt")
-    (folder / "meta.json").write_text(json.dumps({"tokens": sizes, "warnings": warnings}))
+    meta = {
+        "tokens": {split: size for split, (size, _) in written.items()},
+        "digests": {split: digest for split, (_, digest) in written.items()},
+        "warnings": warnings,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _spaceless(counts: Mapping[str, int]) -> str:
+    """A warning if the words are whole lines, as of a script that puts no spaces; else nothing."""
+    n_word = sum(counts.values())
+    n_character = sum(len(word) * n for word, n in counts.items())
+    # Kana and Chinese characters, whose words are one to three of them.
+    eastern = sum(n for word, n in counts.items() for c in word if "\u3040" <= c <= "\u9fff")
+    limit = 4 if eastern > n_character / 2 else 20
+    if n_character <= limit * n_word:
+        return ""
+    return (
+        f"its words, which are what lies between white space, have {n_character / n_word:.0f}"
+        " characters on average, as if there were no spaces: use characters as the unit, with"
+        " spaces between them, or the text as one file `enwik8` and --config.data.name=enwik8,"
+        " which reads bytes."
+    )
 
 
 def _check_characters(source: Source, counts: Mapping[str, Mapping[str, int]]) -> None:

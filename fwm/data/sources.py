@@ -76,20 +76,36 @@ def layout(name: str) -> str:
     return f"{files} (or wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens)"
 
 
+def label(name: str, dir: str) -> str:
+    """What a corpus is called: a folder given without a name is not the embedded corpus."""
+    return Path(dir).absolute().name if dir and name == "embedded" else name
+
+
 def _folder(name: str, dir: str, form: str | None = None, min_count: int = 1) -> Source:
     folder = Path(dir)
     if not folder.is_dir():
         raise UserError(
             f"There is no folder {dir}; expected a folder with {layout(name)} as config.data.dir."
         )
-    spans = {}
-    for split in SPLITS:
-        candidates = (f"{split}.txt", f"wiki.{split}.tokens", f"ptb.{split}.txt")
-        found = [folder / file for file in candidates if (folder / file).is_file()]
-        if found:
-            prepared = "codes" if name in CHARACTER_SETS else "lines"
-            size = os.path.getsize(found[0])
-            spans[split] = Span(str(found[0]), 0, size, form or prepared)
+    prepared = form or ("codes" if name in CHARACTER_SETS else "lines")
+    sets = []
+    for naming in ("{}.txt", "wiki.{}.tokens", "ptb.{}.txt"):
+        files = {split: folder / naming.format(split) for split in SPLITS}
+        sets.append(
+            {
+                split: Span(str(file), 0, os.path.getsize(file), prepared)
+                for split, file in files.items()
+                if file.is_file()
+            }
+        )
+    there = [spans for spans in sets if spans]
+    if len(there) > 1:
+        one, other = (Path(next(iter(spans.values())).path).name for spans in there[:2])
+        raise UserError(
+            f"{dir} has two sets of splits, those of {one} and of {other}; expected one of them:"
+            " move the other to a folder of its own."
+        )
+    spans = there[0] if there else {}
     if not spans and name in CHARACTER_SETS and (folder / name).is_file():
         spans = _ninety_five_five(str(folder / name), CHARACTER_SETS[name])
     return Source(spans, "character" if name in CHARACTER_SETS else "word", min_count)

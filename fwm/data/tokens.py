@@ -4,11 +4,13 @@ Every word gets a provisional index in the order of its first occurrence; the vo
 after the last word, then maps them to their final indices with one table lookup per token.
 """
 
+import hashlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -57,8 +59,10 @@ class Part:
 def _pieces(span: Span) -> Iterator[tuple[bytes, str]]:
     """Yield a span in pieces that end at white space, as bytes and as text."""
     with open(span.path, "rb") as file:
-        file.seek(span.start)
         position, rest = span.start, b""
+        if position == 0 and file.read(len(BOM_UTF8)) == BOM_UTF8:
+            position = len(BOM_UTF8)
+        file.seek(position)
         while position + len(rest) < span.stop:
             unread = span.stop - position - len(rest)
             rest += file.read(min(BLOCK_BYTES, unread))
@@ -130,7 +134,7 @@ def _encode_words(span: Span, ids: Path) -> Part:
     words = _Words()
     if with_eos:
         words.index[EOS]
-    counts = np.zeros(0, np.int64)
+    counts = np.zeros(len(words.index), np.int64)
     text = "\n"
     with open(ids, "wb") as file:
         for piece, text in _pieces(span):
@@ -261,19 +265,25 @@ def count(parts: Sequence[Part]) -> dict[str, int]:
 
 def write_stream(
     parts: Sequence[Part], index: Mapping[str, int], unknown: int, stream: Path
-) -> int:
-    """Write the parts in final indices, words outside the index as `unknown`; return the tokens."""
-    tokens = 0
+) -> tuple[int, str]:
+    """Write the parts in final indices, words outside the index as `unknown`.
+
+    Returns:
+      The number of tokens and their digest.
+    """
+    tokens, digest = 0, hashlib.blake2b(digest_size=16)
     with open(stream, "wb") as out:
         for part in parts:
             table = np.array([index.get(word, unknown) for word in part.words], np.int32)
             with open(part.ids, "rb") as file:
                 while block := file.read(4 * BLOCK_BYTES):
-                    out.write(table[np.frombuffer(block, np.int32)].data)
+                    final = table[np.frombuffer(block, np.int32)].data
+                    out.write(final)
+                    digest.update(final)
                     tokens += len(block) // 4
         out.flush()
         os.fsync(out.fileno())
-    return tokens
+    return tokens, digest.hexdigest()
 
 
 def work(span_json: str, stem: str) -> None:

@@ -77,7 +77,7 @@ class Vocabulary:
           UserError: the file is missing or not UTF-8, or a line is empty, repeated or two words.
         """
         try:
-            content = Path(path).read_bytes().decode("utf-8")
+            content = Path(path).read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
             raise UserError(
                 f"There is no vocabulary file {path}; expected one symbol per line."

@@ -19,6 +19,7 @@ def compare(
     out: Path,
     paper: Mapping[Path, str] = MappingProxyType({}),
     trained: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
+    texts: Mapping[Path, Mapping[str, Any]] = MappingProxyType({}),
 ) -> str:
     """Draw the learning curves of several runs into `out`; returns a table of exact results.
 
@@ -27,7 +28,9 @@ def compare(
       out: the figure; its suffix gives the format.
       paper: what the paper reports for a run, as text.
       trained: settings of a run, with dotted keys; a result that was found with another window,
-        `mem_len` or `clamp_len` than these says so.
+        `mem_len` or `clamp_len` than these says so, and so does one of a checkpoint that is not
+        of the last step.
+      texts: of a run, by split, its text with its `digest`; a result on another is not shown.
 
     Raises:
       UserError: a workdir has no train_log.csv, a result file is malformed, or the figure cannot
@@ -39,8 +42,8 @@ def compare(
             raise UserError(f"{workdir} has no {LOG}: --workdir must list runs that were trained.")
         steps = max((int(row["step"]) for row in log_rows(workdir / LOG)), default=0)
         settings = trained.get(workdir, {})
-        valid = _exact_perplexity(workdir / "valid_results.json", settings)
-        test = _exact_perplexity(workdir / "test_results.json", settings)
+        now = (steps, settings, texts.get(workdir, {}))
+        valid, test = (_exact_perplexity(workdir, split, *now) for split in ("valid", "test"))
         table.append([str(workdir), str(steps), valid, test, paper.get(workdir, "-")])
     try:
         draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
@@ -54,12 +57,26 @@ def compare(
     )
 
 
-def _exact_perplexity(path: Path, trained: Mapping[str, Any]) -> str:
+def _exact_perplexity(
+    workdir: Path,
+    split: str,
+    steps: int,
+    trained: Mapping[str, Any],
+    texts: Mapping[str, Mapping[str, Any]],
+) -> str:
+    path = workdir / f"{split}_results.json"
     if not path.exists():
         return "-"
     result = read_json(path)
-    if not isinstance(result, dict) or not isinstance(result.get("perplexity"), int | float):
-        raise UserError(f"{path} has no number `perplexity`: write it again with --mode=valid.")
+    # Too large for a number of JSON it is null; the mean nll is there all the same.
+    overflown = isinstance(result, dict) and result.get("perplexity", 0) is None
+    known = "mean_nll" if overflown else "perplexity"
+    if not isinstance(result, dict) or not isinstance(result.get(known), int | float):
+        mode = "eval" if split == "test" else split
+        raise UserError(f"{path} has no number `{known}`: write it again with --mode={mode}.")
+    text = result.get("text") or {}
+    if split in texts and text.get("digest", texts[split]["digest"]) != texts[split]["digest"]:
+        return "-"
     # What other protocols than the paper's have found is not to be mistaken for it.
     notes = []
     if result.get("stride") not in (None, 1):
@@ -70,7 +87,11 @@ def _exact_perplexity(path: Path, trained: Mapping[str, Any]) -> str:
     for name, setting in theirs.items():
         if name in result and result[name] != trained.get(setting, result[name]):
             notes.append(f"{name} {result[name]}")
-    return f"{result['perplexity']:.3f}" + (f" ({', '.join(notes)})" if notes else "")
+    step = result.get("checkpoint_step", steps)
+    if step != steps:
+        notes.append(f"checkpoint of step {step} of {steps}")
+    found = "inf" if overflown else f"{result['perplexity']:.3f}"
+    return found + (f" ({', '.join(notes)})" if notes else "")
 
 
 def paper_result(settings: Mapping[str, Any], published: Mapping[str, Mapping[str, Any]]) -> str:

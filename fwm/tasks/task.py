@@ -1,6 +1,7 @@
 """The contract of a task: its vocabulary, its batches with a mask, its score."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -26,6 +27,8 @@ class Task:
     vocab: Vocabulary  # what tokens and targets stand for
     unit: str = "symbol"  # or word, character, ...
     warnings: tuple[str, ...] = ()  # sentences for the user
+    # By split, the text that is read: name, dir, digest, tokens. Empty where none is.
+    texts: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     size: int = 0  # training tokens there are; 0: they never end
     writes: bool = False  # what a model goes on to say has a meaning (`--mode=generate`)
 

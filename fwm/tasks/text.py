@@ -23,7 +23,7 @@ class Text(Task):
         where = {key: config.data[key] for key in ("dir", "cache_dir", "download")}
         self.corpus = data.load(config.data.name, vocab=vocab, splits=splits, **where)
         self.vocab, self.unit = self.corpus.vocab, self.corpus.unit
-        self.warnings = self.corpus.warnings
+        self.warnings, self.texts = self.corpus.warnings, self.corpus.texts
         self.size = len(self.corpus.streams["train"]) if "train" in splits else 0
 
     def summary(self) -> str:

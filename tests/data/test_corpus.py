@@ -173,6 +173,68 @@ def test_running_text_is_no_character_set(tmp_path):
         load(tmp_path, "enwik8", folder(tmp_path / "text", "words of text\n"))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    dir = folder(tmp_path / "text", "\ufeffa b\n", "\ufeffb\n", "\ufeff a\r\n")
+    found = load(tmp_path, dir=dir)
+    assert found.vocab.symbols == ("<eos>", "a", "b")
+    assert [stream.tolist() for stream in found.streams.values()] == [[1, 2, 0], [2, 0], [1, 0]]
+    assert found.warnings == ()
+    (tmp_path / "vocab.txt").write_text("\ufeff<eos>\na\n", "utf-8")
+    assert Vocabulary.load(tmp_path / "vocab.txt").symbols == ("<eos>", "a")
+    with pytest.raises(UserError, match="is empty"):
+        load(tmp_path, dir=folder(tmp_path / "text", valid="\ufeff"))
+    with pytest.raises(UserError, match="not UTF-8 text: byte 0"):
+        load(tmp_path, dir=folder(tmp_path / "text", "a b\n".encode("utf-16")))
+
+
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
+        ("春天来了花都开了\n我们去公园散步吧\n", True),
+        ("今日は学校に行きました。\n", True),
+        ("ภาษาไทยไม่มีการเว้นวรรคระหว่างคำในประโยค\n", True),
+        ("春天 来 了 花 都 开 了\n", False),
+        ("Donaudampfschifffahrt is long but not so long\n", False),
+    ],
+)
+def test_words_that_are_whole_lines_are_told(tmp_path, text, warned):
+    found = load(tmp_path, dir=folder(tmp_path / "text", text, text, text)).warnings
+    assert len(found) == warned
+    assert all("train.txt: its words" in w and "use characters as the unit" in w for w in found)
+
+
+def test_a_warning_names_the_file_that_is_read(tmp_path):
+    for name in ("one", "other"):
+        found = load(tmp_path, dir=folder(tmp_path / name, valid="d\n"))
+        assert found.warnings[0].startswith(str(tmp_path / name / "valid.txt"))
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
+
+
+def test_what_a_text_is(tmp_path):
+    texts = load(tmp_path, dir=folder(tmp_path / "one"), splits=("valid",)).texts
+    assert {split: text["tokens"] for split, text in texts.items()} == dict(
+        train=6, valid=3, test=2
+    )
+    dir = folder(tmp_path / "other", train="b b a\nc\n")
+    changed = load(tmp_path, name="embedded", dir=dir).texts
+    assert changed["train"] | {"digest": ""} == dict(name="other", dir=dir, digest="", tokens=6)
+    assert changed["train"]["digest"] != texts["train"]["digest"]
+    # It is of the tokens: lines that end otherwise make the same text.
+    same = load(tmp_path, dir=folder(tmp_path / "third", train="a b  a\r\nc")).texts
+    assert same["train"]["digest"] == texts["train"]["digest"]
+
+
+def test_home_and_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder(tmp_path / "text")
+    data.load("mytext", dir="~/text", cache_dir="~/cache")
+    assert (tmp_path / "cache" / "digests").exists() or list((tmp_path / "cache").glob("tokens-*"))
+    with pytest.raises(UserError, match="cache_dir is empty"):
+        data.load("mytext", dir="~/text", cache_dir="")
+    with pytest.raises(UserError, match="home folder that cannot be found"):
+        data.load("mytext", dir="~nobody-of-this-name/text", cache_dir="~/cache")
+
+
 def test_unknown_words_with_unk_in_training(tmp_path):
     found = load(tmp_path, dir=folder(tmp_path / "text", "a <unk> a\n", "a x y x\n", "a\n"))
     assert found.vocab.symbols == ("<eos>", "a", "<unk>")
@@ -229,6 +291,13 @@ def test_bad_folder_is_one_sentence(tmp_path, make, message):
         load(tmp_path, "wikitext103", make(tmp_path))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("tokens-*"))
+
+
+def test_two_sets_of_splits_are_not_chosen_between(tmp_path):
+    dir = folder(tmp_path / "text")
+    folder(tmp_path / "text", names="wiki.{}.tokens", train=None, valid=None)
+    with pytest.raises(UserError, match=r"two sets of splits, .*train\.txt and of wiki\.test"):
+        load(tmp_path, dir=dir)
 
 
 def test_names_without_a_folder(tmp_path):

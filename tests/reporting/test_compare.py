@@ -52,3 +52,20 @@ def test_compare(tmp_path):
         (b / "valid_results.json").write_text(malformed)
         with pytest.raises(UserError, match=r"valid_results\.json"):
             compare([a, b], tmp_path / "c.png")
+
+
+def test_only_what_belongs_to_the_run_as_it_is_is_shown(tmp_path):
+    with make(tmp_path) as reporter:
+        run(reporter, range(1, 11))
+    texts = {tmp_path: {"test": {"digest": "aa", "tokens": 9}}}
+
+    def shown(**result):
+        (tmp_path / "test_results.json").write_text(json.dumps(result))
+        return re.split(r"  +", compare([tmp_path], tmp_path / "c.png", texts=texts))[-2]
+
+    result = {"perplexity": 34.5, "mean_nll": 3.5, "checkpoint_step": 10}
+    assert shown(**result, text={"digest": "aa"}) == "34.500"
+    assert shown(**result, text={"digest": "bb"}) == "-"
+    assert shown(**result, text=None) == shown(**result) == "34.500"
+    assert shown(**result | {"checkpoint_step": 5}) == "34.500 (checkpoint of step 5 of 10)"
+    assert shown(**result | {"perplexity": None, "mean_nll": 800.0}) == "inf"
