@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int, Key
 from fwm import data, evaluate
 from fwm.errors import UserError
 from fwm.model import LanguageModel, empty_memory
+from fwm.ops.checks import checked_ids
 from fwm.tasks import TASKS
 from fwm.workdir import restore
 
@@ -104,9 +105,9 @@ def begin(
     """Read a prompt of any length: log p of every next word, [n_token] float32, and the context.
 
     Raises:
-        UserError: an empty prompt.
+        UserError: an empty prompt, an id outside the vocabulary.
     """
-    ids = np.asarray(prompt, np.int32)
+    ids = checked_ids("the prompt", prompt, decoder.model.config.n_token)
     if len(ids) == 0:
         raise UserError("the prompt is empty: expected at least one token.")
     config, window, memory = decoder.model.config, decoder.window, None

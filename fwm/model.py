@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from fwm.config import ModelConfig, build_config
+from fwm.errors import UserError
 from fwm.layers import AdaptiveEmbedding, AdaptiveSoftmax, Block, Norm, Shared
 from fwm.layers.parts import (
     EMBEDDING_SITE,
@@ -23,6 +24,7 @@ from fwm.layers.parts import (
     matrix_init,
     sinusoid,
 )
+from fwm.ops.checks import check, nan_where_invalid
 from fwm.ops.dropout import Dropout, drop
 
 __all__ = [
@@ -104,7 +106,7 @@ class LanguageModel(nn.Module):
             own = Dropout(keys[-1], dropout.rows)
             keys = keys[:-1]
         x, tables = self.embedding.with_tables(tokens)
-        x = x * c.d_model**0.5
+        x = nan_where_invalid(x * c.d_model**0.5, tokens, c.n_token)
         if c.make_mixer().adds_positions and not c.no_pos:
             positions = sinusoid(countdown(tokens.shape[1], c.clamp_len), c.d_model)
             x = x + positions[None].astype(x.dtype)
@@ -159,10 +161,23 @@ class LanguageModel(nn.Module):
                 a training loop that must not backpropagate into earlier segments passes it
                 as data (as ours does).
             dropout: masks of a training pass; None evaluates.
+
+        An id outside the vocabulary makes NaN of its own loss and of all that depend on it.
+
+        Raises:
+            UserError: tokens or targets that are no integers or do not fit each other.
         """
+        integer = jnp.integer
+        check("LanguageModel", tokens=(tokens, "B T", integer), targets=(targets, "B S", integer))
+        if targets.shape[1] > tokens.shape[1]:
+            raise UserError(
+                f"LanguageModel: targets of shape {targets.shape} are more than the tokens, of "
+                f"shape {tokens.shape}: give one for each, or for the last ones only."
+            )
         last = None if targets.shape == tokens.shape else targets.shape[1]
         hidden, memory, tables = self._hidden(tokens, memory, dropout, last)
-        return self.softmax(hidden, targets, tables, self.embedding.projs), memory
+        nll = self.softmax(hidden, targets, tables, self.embedding.projs)
+        return nan_where_invalid(nll, targets, self.config.n_token), memory
 
     def log_probs(
         self, tokens: Int[Array, "B T"], memory: Any = None

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from fwm import parallel
 from fwm.errors import UserError
 from fwm.model import LanguageModel, ModelConfig, empty_memory
+from fwm.ops.checks import checked_ids
 
 Stream = Int[np.ndarray, " S"] | Int[Array, " S"]
 
@@ -108,9 +109,9 @@ def finish(partials: Iterable[Partial]) -> Score:
     return last.score
 
 
-def _columns(tokens: Any, batch_size: int, split_stream: bool) -> np.ndarray:
+def _columns(tokens: Any, model: LanguageModel, batch_size: int, split_stream: bool) -> np.ndarray:
     """The stream as [rows, tokens]: one row, or `batch_size` equal ones without the remainder."""
-    tokens = np.asarray(tokens, np.int32)
+    tokens = checked_ids("the text", tokens, model.config.n_token)
     rows = batch_size if split_stream else 1
     if rows < 1:
         raise UserError("split_stream needs batch_size, the number of rows: set it to 1 or more.")
@@ -202,7 +203,7 @@ class SlidingWindow(ScoringProtocol):
             raise UserError(
                 f"stride must lie between 1 and the window of {self.window}, got {self.stride}."
             )
-        _columns(self.tokens, self.batch_size, self.split_stream)
+        _columns(self.tokens, self.model, self.batch_size, self.split_stream)
 
     def key(self) -> dict[str, Any]:
         """The window and the text."""
@@ -214,7 +215,7 @@ class SlidingWindow(ScoringProtocol):
 
     def partials(self, done: Partial | None = None) -> Iterator[Partial]:
         """A partial score after every batch of windows; the first ones of all rows count as one."""
-        columns = _columns(self.tokens, self.batch_size, self.split_stream)
+        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
         n_row, last = columns.shape[0], columns.shape[1] - 1
         window = min(self.window, last)
         on_devices = parallel.replicate((self.variables, columns))
@@ -297,7 +298,7 @@ class CarryOver(ScoringProtocol):
     def __post_init__(self) -> None:
         if self.segment < 1:
             raise UserError(f"segment must be at least 1 token, got {self.segment}.")
-        _columns(self.tokens, self.batch_size, self.split_stream)
+        _columns(self.tokens, self.model, self.batch_size, self.split_stream)
 
     def key(self) -> dict[str, Any]:
         """The segment and the text."""
@@ -313,7 +314,7 @@ class CarryOver(ScoringProtocol):
 
     def partials(self, done: Partial | None = None) -> Iterator[Partial]:
         """A partial score after every segment."""
-        columns = _columns(self.tokens, self.batch_size, self.split_stream)
+        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
         n_row, last = columns.shape[0], columns.shape[1] - 1
         step, variables = _segment_step(self.model), jax.device_put(self.variables)
         partial = done or Partial(Score(0.0, 0), n_row * last, 0, self.empty())

@@ -22,7 +22,7 @@ ALLOWED = {
     "fwm.checkpoint": {"fwm.errors", "fwm.files"},
     "fwm.layers": {"fwm.errors", "fwm.ops", "fwm.registry"},
     "fwm.config": {"fwm.errors", "fwm.layers"},
-    "fwm.model": {"fwm.config", "fwm.ops", "fwm.layers"},
+    "fwm.model": {"fwm.errors", "fwm.config", "fwm.ops", "fwm.layers"},
     "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model", "fwm.ops"},
     "fwm.reporting": {"fwm.errors", "fwm.files", "fwm.parallel"},
     "fwm.reporting.sinks": {"fwm.errors", "fwm.files"},
@@ -33,7 +33,7 @@ ALLOWED = {
     "fwm.reporting.trace": set(),
     "fwm.reporting.reporter": {"fwm.reporting.figures", "fwm.reporting.sinks"},
     "fwm.step": {"fwm.model", "fwm.ops", "fwm.optimizer", "fwm.parallel"},
-    "fwm.score": {"fwm.errors", "fwm.config", "fwm.model", "fwm.parallel"},
+    "fwm.score": {"fwm.errors", "fwm.config", "fwm.model", "fwm.ops.checks", "fwm.parallel"},
     "fwm.tasks": {"fwm.data", "fwm.errors", "fwm.model", "fwm.registry", "fwm.score", "fwm.step"},
     "fwm.workdir": {
         "fwm.checkpoint", "fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.model",

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fwm.model import LanguageModel, build_config, empty_memory, redraw_projections
+from fwm.errors import UserError
+from fwm.model import LanguageModel, ModelConfig, build_config, empty_memory, redraw_projections
 from fwm.ops.dropout import Dropout
 
 B, T, SPLIT, N_TOKEN = 2, 11, 7, 40
@@ -177,3 +178,20 @@ def test_second_derivatives():
     one, other = dot(u, along(v)), dot(v, along(u))
     assert abs(one) > 0.1
     assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_an_id_outside_the_vocabulary_is_never_a_number():
+    model = LanguageModel(ModelConfig(n_token=7, d_model=8, n_head=1, d_head=8, d_inner=8,
+                                      n_layer=1, dropout=0.0))  # fmt: skip
+    tokens = jnp.array([[1, 2, 3, 4]])
+    variables = model.init(jax.random.key(0), tokens, tokens)
+    loss = jax.jit(lambda tokens, targets: model.apply(variables, tokens, targets)[0])
+    for bad in (7, -1):
+        # A token makes all that come after it unknown, a target only its own loss.
+        nan = np.isnan(loss(tokens.at[0, 2].set(bad), tokens))
+        np.testing.assert_array_equal(nan[0, 2:], [True, True])
+        nan = np.isnan(loss(tokens, tokens.at[0, 2].set(bad)))
+        np.testing.assert_array_equal(nan, [[False, False, True, False]])
+    for targets in (tokens[:, :2].astype(float), tokens[0], jnp.ones((1, 5), int)):
+        with pytest.raises((UserError, TypeError), match=r"targets|parameter"):
+            model.apply(variables, tokens, targets)

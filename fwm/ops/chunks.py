@@ -113,10 +113,11 @@ def run(
     K = 2 H (FAVOR+), and without a gradient, it would cost more than it saves.
 
     Raises:
-        UserError: a chunk_size below 1, no token.
+        UserError: a chunk_size that is no integer above 0, no token.
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size={chunk_size} is not positive; give None or at least 1.")
+    whole = isinstance(chunk_size, int | np.integer) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (whole and chunk_size >= 1):
+        raise UserError(f"chunk_size={chunk_size} is no integer above 0; give None or at least 1.")
     n_batch, length, n_head, width = q.shape
     if length < 1:
         raise UserError(f"there must be at least one token, got arrays of shape {q.shape}.")

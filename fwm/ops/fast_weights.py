@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from fwm.errors import UserError
 from fwm.ops import chunks
+from fwm.ops.checks import check
 from fwm.ops.chunks import mapped
 from fwm.ops.rules import UPDATE_RULES
 from fwm.registry import Table
@@ -113,7 +114,7 @@ def fast_weight_attention(
 
     Raises:
         UserError: an unknown name, a normalisation without meaning for the rule, something that
-            the rule reads missing or superfluous.
+            the rule reads missing or superfluous, arrays that do not fit each other.
     """
     check_composition(update_rule, attn_normalization)
     rule = UPDATE_RULES[update_rule]
@@ -125,6 +126,14 @@ def fast_weight_attention(
             f"and was given {', '.join(given) or 'nothing'}."
         )
     read = tuple(given[name] for name in names)
+    # The width of q and k is that of the state's keys only where no map stands between.
+    width = "B T N K" if features is None else "B T N H"
+    arrays = {"q": (q, width), "k": (k, width), "v": (v, "B T N V")}
+    arrays |= {i.name: (given[i.name], "B T N K" if i.per_key else "B T N") for i in rule.inputs}
+    if state is not None:
+        arrays["weights"] = (state.weights, "B N K V")
+        arrays["key_sum"] = (state.key_sum, "B N K")
+    check("fast_weight_attention", **arrays)
     if state is None:
         dtype = np.promote_types(np.float32, v.dtype)
         n_batch, _, n_head, n_key = jax.eval_shape(lambda k: mapped(features, k), k).shape

@@ -56,14 +56,13 @@ def _forward(switches, m, q, k, v, *inputs):
     token = np.arange(k.shape[-2]) // n
     seen = np.arange(q.shape[-2])[:, None] >= token
     reads = jnp.where(seen, _products(decay, q, k, n), 0)
+    solve: tuple[Array, ...] = ()
     if switches.delta:
         beta = _unfold(beta, n)
         p = k if erase is None else _unfold(erase, n)
         p_start = p if decay is None else p * jnp.repeat(decay.since_start(), n, axis=-2)
         inverse = _inverse(jnp.tril(beta * _products(decay, p, k, n), -1))
         solve = (beta, p_start, inverse)
-    else:
-        solve = ()
 
     def step(m, chunk):
         v, tail, whole, solve = chunk

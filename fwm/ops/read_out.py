@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fwm.ops.checks import check
 from fwm.ops.recurrent import delta_step
 
 
@@ -33,14 +34,16 @@ def read_weights(
     Returns:
         c and r, in float32 at least.
     """
+    strengths = {} if beta is None else {"beta": (beta, "B T N")}
+    check("read_weights", q=(q, "B N K"), k=(k, "B T N K"), **strengths)
     dtype = np.promote_types(np.float32, k.dtype)
     q, k = q.astype(dtype), k.astype(dtype)
     if beta is None:
         return jnp.einsum("bnk,btnk->btn", q, k, precision="highest"), q
     # Rows and heads as one axis: with an axis more XLA's CPU backend takes three times as long.
     k = jnp.moveaxis(k, 1, 0).reshape(k.shape[1], -1, k.shape[3])
-    strengths = jnp.moveaxis(beta.astype(dtype), 1, 0).reshape(k.shape[:2])
-    c, r = _read_delta(q.reshape(k.shape[1:]), k, strengths)
+    beta = jnp.moveaxis(beta.astype(dtype), 1, 0).reshape(k.shape[:2])
+    c, r = _read_delta(q.reshape(k.shape[1:]), k, beta)
     return jnp.moveaxis(c.reshape(len(k), *q.shape[:2]), 0, 1), r.reshape(q.shape)
 
 
@@ -95,6 +98,7 @@ def bounded_delta_rule(
     token needs W^T k_t, from one matmul for the whole chunk, the overlaps k_s . k_t, and the norm,
     from |W + k e^T|^2 = |W|^2 + 2 (W^T k) . e + |k|^2 |e|^2. Each division shrinks c and all c_s.
     """
+    check("bounded_delta_rule", k=(k, "B T N K"), v=(v, "B T N V"), beta=(beta, "B T N"))
     dtype = np.promote_types(np.float32, v.dtype)
     n_batch, length, n_head, n_key = k.shape
     size = min(length, 16)

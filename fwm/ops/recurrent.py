@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fwm.errors import UserError
+from fwm.ops.checks import check
+
 # Without a chunked form the backward pass keeps the state every so many tokens only.
 KEPT_EVERY = 16
 
@@ -112,62 +115,65 @@ class Writes(NamedTuple):
 
 
 def writes(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None,
-    weights: Array | None,
-    log_decay: Array | None,
-    erase_key: Array | None,
+    of: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: tuple[Any, ...],
+    weights: Any,
+    log_decay: Any,
+    erase_key: Any,
 ) -> Writes | None:
     """What `general_step` reads; None where the plain rule, one write a token, is meant.
 
+    Args:
+        of: the name of the rule, for messages.
+        q: as all others, an argument of the public rules.
+        k: keys.
+        v: values.
+        beta: (beta,) for the delta rule, () for the sum rule.
+        weights: the state before the first token.
+        log_decay: one per token and head, or per feature too.
+        erase_key: one for every write.
+
     Raises:
-        ValueError: shapes that do not belong together.
+        UserError: arrays that do not belong together.
     """
+    arrays = {"q": (q, "B T N K"), "k": (k, "B S N K"), "v": (v, "B S N V")}
+    if beta:
+        arrays["beta"] = (beta[0], "B S N")
+    if weights is not None:
+        arrays["weights"] = (weights, "B N K V")
+    if log_decay is not None:
+        arrays["log_decay"] = (log_decay, "B T N K"[: 2 * np.ndim(log_decay) - 1])
+    if erase_key is not None:
+        arrays["erase_key"] = (erase_key, "B S N K")
+    check(of, **arrays)
     n_batch, length, n_head, n_key = q.shape
-    if not length:
-        return None
     n = k.shape[1] // length
     if n < 1 or k.shape[1] != n * length:
-        raise ValueError(
-            f"k of shape {k.shape} must have a whole number of writes for each token of q, whose "
-            f"shape is {q.shape}: make its second axis a multiple of {length}."
-        )
-    if erase_key is not None and erase_key.shape != k.shape:
-        raise ValueError(
-            f"erase_key of shape {erase_key.shape} must have the shape of k, {k.shape}: give one "
-            "for every write."
-        )
-    if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
-        raise ValueError(
-            f"log_decay of shape {log_decay.shape} must have the shape of q, {q.shape}, or its "
-            f"first three axes, {q.shape[:3]}: give one per token and head, or per feature too."
+        raise UserError(
+            f"{of}: k of shape {k.shape} must have a whole number of writes for each token of q, "
+            f"whose shape is {q.shape}: make its second axis a multiple of {length}."
         )
     if n == 1 and log_decay is None and erase_key is None:
         return None
-    for name, x in (("v", v), ("beta", beta)):
-        if x is not None and x.shape[:3] != k.shape[:3]:
-            raise ValueError(
-                f"{name} of shape {x.shape} does not fit k of shape {k.shape}: give one for every "
-                "write."
-            )
 
     def fold(x: Array) -> Array:
         x = x.reshape(n_batch, length, n, n_head, -1)
         return jnp.moveaxis(x, 2, 3).reshape(n_batch, length, n_head, -1)
 
-    given = (beta, log_decay, erase_key)
-    folded = (beta if beta is None else fold(beta), log_decay,
-              erase_key if erase_key is None else fold(erase_key))  # fmt: skip
+    inputs = tuple(fold(x) for x in beta)
+    inputs += () if log_decay is None else (log_decay,)
+    inputs += () if erase_key is None else (fold(erase_key),)
     if weights is None:
         dtype = np.promote_types(np.float32, v.dtype)
         weights = jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype)
     return Writes(
-        Switches(*(x is not None for x in given), n_write=n),
+        Switches(bool(beta), log_decay is not None, erase_key is not None, n),
         fold(k),
         fold(v),
-        tuple(x for x in folded if x is not None),
+        inputs,
         weights,
     )
 
@@ -181,7 +187,7 @@ def sum_rule(
     log_decay: Float[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
     """W_t = exp(g_t) W_(t-1) + k_t v_t^T; out_t = W_t^T q_t (paper, equations 17-18)."""
-    several = writes(q, k, v, None, weights, log_decay, None)
+    several = writes("sum_rule", q, k, v, (), weights, log_decay, None)
     if several is None:
         return scan_tokens(sum_step, q, k, v, (), weights)
     return _scan_writes(q, several)
@@ -201,7 +207,7 @@ def delta_rule(
 
     Paper, section 4.2; the arguments as of `fwm.ops.delta_rule`.
     """
-    several = writes(q, k, v, beta, weights, log_decay, erase_key)
+    several = writes("delta_rule", q, k, v, (beta,), weights, log_decay, erase_key)
     if several is None:
         return scan_tokens(delta_step, q, k, v, (beta,), weights)
     return _scan_writes(q, several)

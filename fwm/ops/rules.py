@@ -191,10 +191,10 @@ def sum_rule(
         out in v's dtype, and the state after the last token, accumulated in float32.
 
     Raises:
-        UserError: a chunk_size below 1, no token.
-        ValueError: shapes that do not belong together.
+        UserError: a chunk_size that is no integer above 0, no token, arrays that do not fit each
+            other: nothing broadcasts.
     """
-    several = recurrent.writes(q, k, v, None, weights, log_decay, None)
+    several = recurrent.writes("sum_rule", q, k, v, (), weights, log_decay, None)
     if several is None:
         return chunks.run(SUM, q, k, v, (), weights, chunk_size=chunk_size)
     return _run_writes(q, several, chunk_size)
@@ -217,7 +217,7 @@ def delta_rule(
     arXiv 2502.10297). Args, results and errors as of `sum_rule`; beta [B, S, N] holds the write
     strengths, erase_key p [B, S, N, K] where the value to remove is read; None: at k.
     """
-    several = recurrent.writes(q, k, v, beta, weights, log_decay, erase_key)
+    several = recurrent.writes("delta_rule", q, k, v, (beta,), weights, log_decay, erase_key)
     if several is None:
         return chunks.run(DELTA, q, k, v, (beta,), weights, chunk_size=chunk_size)
     return _run_writes(q, several, chunk_size)

@@ -103,8 +103,8 @@ def test_any_chunks_and_any_split_give_the_definition(decay):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"log_decay": (2, 21, 1)}, r"log_decay of shape \(2, 21, 1\) must have the shape of q"),
-        ({"erase_key": (2, 21, 2, 4)}, r"erase_key of shape \(2, 21, 2, 4\) must .* \(2, 42, 2, 4"),
+        ({"log_decay": (2, 21, 1)}, r"\(2, 21, 1\) does not fit q of shape \(2, 21, 2, 4\)"),
+        ({"erase_key": (2, 21, 2, 4)}, r"\(2, 21, 2, 4\) does not fit k of shape \(2, 42, 2, 4"),
         ({"k": (2, 22, 2, 4), "v": (2, 22, 2, 3), "beta": (2, 22, 2), "erase_key": (2, 22, 2, 4)},
          r"k of shape \(2, 22, 2, 4\) must have a whole number of writes"),
     ],
