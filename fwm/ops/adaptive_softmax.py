@@ -18,11 +18,31 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Logits exist in blocks of tokens by words only, small enough for the cache. Tokens are taken in
-# the first of these sizes while they last, the rest in the next: a tail has few tokens, and
-# padding costs. Found by measurement (benchmarks/adaptive.py).
-_TOKENS = {"head": (512, 64), "tail": (128, 32, 8)}
-_WORDS = {"head": 1024, "tail": 2048}
+
+class _Blocks(NamedTuple):
+    """Logits exist in blocks of tokens by words only.
+
+    Tokens are taken in the first of these sizes while they last, the rest in the next: a tail has
+    few tokens, and padding costs.
+    """
+
+    head_tokens: tuple[int, ...]
+    tail_tokens: tuple[int, ...]
+    head_words: int
+    tail_words: int
+
+    def of(self, kind: str) -> tuple[tuple[int, ...], int]:
+        """Tokens and words of the blocks of a head or a tail."""
+        if kind == "head":
+            return self.head_tokens, self.head_words
+        return self.tail_tokens, self.tail_words
+
+
+# Small enough for the cache: found by measurement (benchmarks/adaptive.py).
+_CPU = _Blocks((512, 64), (128, 32, 8), 1024, 2048)
+# A GPU wants few large launches, and each block of a tail asks it whether there is another
+# (benchmarks/results/gpu_cost.md).
+_GPU = _Blocks((8192, 512), (1024, 128), 20480, 20480)
 
 
 class Cluster(NamedTuple):
@@ -86,7 +106,7 @@ class _Sorted(NamedTuple):
     unsort: Callable[[Array], Array]
 
 
-def _by_cluster(clusters: Sequence[Cluster], targets: Array) -> _Sorted:
+def _by_cluster(clusters: Sequence[Cluster], blocks: _Blocks, targets: Array) -> _Sorted:
     ends = jnp.cumsum(jnp.array([c.size for c in clusters]))
     which = jnp.searchsorted(ends, targets, side="right", method="compare_all")
     word = targets - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[which]
@@ -96,7 +116,8 @@ def _by_cluster(clusters: Sequence[Cluster], targets: Array) -> _Sorted:
     count = jnp.sum(which[None, :] == number[:, None], axis=1)
     place = jnp.array([(c.start, c.size) for c in clusters]).T
     spans = jnp.stack([number, *place, jnp.cumsum(count) - count, count], axis=1)
-    pad = max(sizes[-1] for sizes in _TOKENS.values())  # no block may reach beyond the end
+    # No block may reach beyond the end.
+    pad = max(blocks.head_tokens[-1], blocks.tail_tokens[-1])
 
     def sort(x):
         return jnp.pad(x[order], ((0, pad),) + ((0, 0),) * (x.ndim - 1))
@@ -111,13 +132,16 @@ class _Group(NamedTuple):
     members: tuple[int, ...]
     table: int
     hidden: int
+    head: Cluster
+    tokens: tuple[int, ...]  # sizes of blocks
     words: int  # size of a block: no cluster is smaller
 
     def over_clusters(self, by: _Sorted, body: Callable, carry: Any) -> Any:
         """body(span, carry) for each cluster; the head takes all tokens."""
         if self.kind == "head":
-            span = _Span(*by.spans[0])
-            return body(span._replace(first=0, count=by.total), carry)
+            # Numbers, not arrays: its loops have ends that the compiler knows.
+            span = _Span(0, self.head.start, self.head.size, 0, by.total)
+            return body(span, carry)
         spans = by.spans[jnp.array(self.members)]
         return lax.fori_loop(0, len(self.members), lambda k, c: body(_Span(*spans[k]), c), carry)
 
@@ -132,12 +156,14 @@ class _Group(NamedTuple):
             new = begin + jnp.arange(self.words) >= j * self.words
             return body(span.start + begin, new, carry)
 
-        blocks = jnp.where(span.count > 0, (span.size + self.words - 1) // self.words, 0)
+        blocks = (span.size + self.words - 1) // self.words
+        if self.kind == "tail":
+            blocks = jnp.where(span.count > 0, blocks, 0)
         return lax.fori_loop(0, blocks, step, carry)
 
     def over_tokens(self, by: _Sorted, span: _Span, body: Callable, carry: Any) -> Any:
         """body(begin, size, carry) over blocks that cover the tokens of the cluster."""
-        first, count, (*large, smallest) = span.first, span.count, _TOKENS[self.kind]
+        first, count, (*large, smallest) = span.first, span.count, self.tokens
         for size in [s for s in large if s <= by.total] + [smallest]:
             blocks = (count + size - 1) // size if size == smallest else count // size
             start = first
@@ -151,15 +177,16 @@ class _Group(NamedTuple):
         return carry
 
 
-def _groups(clusters: Sequence[Cluster]) -> list[_Group]:
+def _groups(clusters: Sequence[Cluster], blocks: _Blocks) -> list[_Group]:
     places = [(min(i, 1), c.table, c.hidden) for i, c in enumerate(clusters)]
     groups = []
     for place in sorted(set(places)):
         kind = "tail" if place[0] else "head"
         members = tuple(i for i, p in enumerate(places) if p == place)
         smallest = min(clusters[i].size for i in members)
-        blocks = -(-smallest // _WORDS[kind])
-        groups.append(_Group(kind, members, *place[1:], words=-(-smallest // blocks)))
+        tokens, words = blocks.of(kind)
+        even = -(-smallest // -(-smallest // words))
+        groups.append(_Group(kind, members, *place[1:], clusters[0], tokens, even))
     return groups
 
 
@@ -202,10 +229,10 @@ def _add_lse(group: _Group, by: _Sorted, h, table, bias, lse: Array) -> Array:
 
 
 # Compiled as a whole also where the caller does not compile: loop by loop it takes twice as long.
-@partial(jax.jit, static_argnums=0)
-def _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
     """nll [N], and the log-sum-exp of the head and of each token's own tail cluster, sorted."""
-    by = _by_cluster(clusters, targets)
+    by = _by_cluster(clusters, blocks, targets)
     hs = [by.sort(h) for h in hiddens]
     columns = _logits(hs[0], cluster_weight, cluster_bias)
     empty = jnp.full(by.which.shape, -jnp.inf)
@@ -213,7 +240,7 @@ def _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, ta
     chosen = jnp.zeros(by.which.shape)
     for i in range(1, len(clusters)):
         chosen = jnp.where(by.which == i, columns[:, -i], chosen)
-    for group in _groups(clusters):
+    for group in _groups(clusters, blocks):
         h, table, bias = hs[group.hidden], tables[group.table], biases[group.table]
         lse[group.kind] = _add_lse(group, by, h, table, bias, lse[group.kind])
         mine = jnp.any(by.which[:, None] == jnp.array(group.members)[None, :], axis=1)
@@ -221,17 +248,25 @@ def _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, ta
         logit = _dot("td,td->t", h, table[row].astype(h.dtype)) + bias[row]
         chosen = chosen + jnp.where(mine, logit, 0)
     nll = lse["head"] + jnp.where(by.which > 0, lse["tail"], 0) - chosen
-    return by.unsort(nll), lse
+    return by.unsort(nll), {kind: x[: by.total] for kind, x in lse.items()}
+
+
+def _by_platform(function: Callable, *arguments: Any) -> Any:
+    """function(blocks, *arguments) with the blocks of the platform that it is compiled for."""
+    return lax.platform_dependent(
+        *arguments, cpu=partial(function, _CPU), default=partial(function, _GPU)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def nll(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
     """`definition`, with its gradient, at a cost in proportion to the tokens of each cluster."""
-    return _forward(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets)[0]
+    arguments = hiddens, tables, biases, cluster_weight, cluster_bias, targets
+    return _by_platform(partial(_forward, clusters), *arguments)[0]
 
 
 def _nll_fwd(clusters, *arguments):
-    nll, lse = _forward(clusters, *arguments)
+    nll, lse = _by_platform(partial(_forward, clusters), *arguments)
     return nll, (arguments, lse)
 
 
@@ -275,11 +310,17 @@ def _add_gradients(group: _Group, by: _Sorted, h, table, bias, g, lse, gradients
     return group.over_clusters(by, cluster, gradients)
 
 
-@partial(jax.jit, static_argnums=0)
 def _nll_bwd(clusters, saved, g):
+    return *_by_platform(partial(_backward, clusters), saved, g), None
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _backward(clusters, blocks, saved, g):
     (hiddens, tables, biases, cluster_weight, cluster_bias, targets), lse = saved
-    by = _by_cluster(clusters, targets)
+    by = _by_cluster(clusters, blocks, targets)
     g, hs = by.sort(g), [by.sort(h) for h in hiddens]
+    beyond = by.which.size - by.total
+    lse = {k: jnp.pad(x, (0, beyond), constant_values=jnp.inf) for k, x in lse.items()}
     d_hs = [jnp.zeros(h.shape, jnp.float32) for h in hs]
     d_tables = [jnp.zeros_like(t) for t in tables]
     d_biases = [jnp.zeros_like(b) for b in biases]
@@ -293,14 +334,14 @@ def _nll_bwd(clusters, saved, g):
     d_cluster_weight = _dot("tc,td->cd", d, hs[0])
     d_hs[0] = _dot("tc,cd->td", d, cluster_weight.astype(d.dtype))
 
-    for group in _groups(clusters):
+    for group in _groups(clusters, blocks):
         i, j = group.hidden, group.table
         gradients = d_hs[i], d_tables[j], d_biases[j]
         d_hs[i], d_tables[j], d_biases[j] = _add_gradients(
             group, by, hs[i], tables[j], biases[j], g, lse[group.kind], gradients
         )
     d_hiddens = tuple(by.unsort(d).astype(h.dtype) for d, h in zip(d_hs, hiddens, strict=True))
-    return d_hiddens, tuple(d_tables), tuple(d_biases), d_cluster_weight, d_cluster_bias, None
+    return d_hiddens, tuple(d_tables), tuple(d_biases), d_cluster_weight, d_cluster_bias
 
 
 nll.defvjp(_nll_fwd, _nll_bwd)

@@ -18,12 +18,7 @@ N_TOKEN, D_MODEL, CUTOFFS, SHAPE = 300, 16, (50, 100, 200), (3, 29)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Many blocks, a rest of tokens in each cluster and a word block that overlaps the last."""
-    monkeypatch.setattr(adaptive, "_TOKENS", {"head": (16, 3), "tail": (8, 2)})
-    monkeypatch.setattr(adaptive, "_WORDS", {"head": 21, "tail": 33})
-    # What other tests have compiled for the same shapes has the usual blocks, in one direction or
-    # in both.
-    for compiled in (adaptive._forward, adaptive._nll_bwd):
-        compiled.clear_cache()
+    monkeypatch.setattr(adaptive, "_CPU", adaptive._Blocks((16, 3), (8, 2), 21, 33))
 
 
 def dense(params, hidden, tables, projs, *, cutoffs, div_val, tie_weight, tie_projs):
@@ -155,6 +150,17 @@ def test_every_distribution_of_targets():
         "borders": borders[head % 8],
     }
     for targets in cases.values():
+        arguments = params, hidden, targets, tables, projs
+        jax.tree.map(close, fast(*arguments), slow(*arguments))
+
+
+@pytest.mark.parametrize("blocks", [adaptive._GPU, adaptive._Blocks((40, 9), (64, 5), 300, 300)])
+def test_the_sizes_for_a_gpu_give_the_same(blocks, monkeypatch):
+    monkeypatch.setattr(adaptive, "_CPU", blocks)
+    softmax, options, (params, hidden, _, tables, projs) = make()
+    fast, slow = both(softmax, options)  # not those of `one_table`, compiled with other sizes
+    head = jnp.arange(hidden[..., 0].size, dtype=jnp.int32).reshape(SHAPE) % 50
+    for targets in (head, 200 + head * 2, head * 6):
         arguments = params, hidden, targets, tables, projs
         jax.tree.map(close, fast(*arguments), slow(*arguments))
 
