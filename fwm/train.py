@@ -82,7 +82,7 @@ def run(config: Any, workdir: Path, job_name: str = "") -> int:
     one alone writes to the workdir, from which all of them restore.
 
     Returns:
-        The exit status: 0, 143 after SIGTERM, or 1 if stopping could not save.
+        The exit status: 0, 143 after SIGTERM or SIGHUP, or 1 if stopping could not save.
 
     Raises:
         UserError: settings that do not fit each other, the devices, the text or the workdir,
@@ -94,7 +94,7 @@ def run(config: Any, workdir: Path, job_name: str = "") -> int:
         saved = not parallel.is_first() or this.checkpoints.latest_step() == this.step
         if parallel.is_first():
             this.reporter.message(_farewell(this))
-    return 143 if halt == signal.SIGTERM else 1 - saved
+    return 143 if halt in (signal.SIGTERM, signal.SIGHUP) else 1 - saved
 
 
 def _loop(this: Run) -> int:
@@ -267,7 +267,10 @@ def _check(config: Any) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or Ctrl-C is put on, for the loop to look at; twice stops at once."""
+    """A list that SIGTERM, Ctrl-C or a closed terminal's SIGHUP is put on, for the loop to look at.
+
+    A second one stops at once. Where SIGHUP is ignored (`nohup`), it stays so.
+    """
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -277,7 +280,9 @@ def stop_signals() -> Iterator[list[int]]:
 
     # Signals reach only the main thread; a run in another one (a notebook's) has none.
     main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+    signals = [signal.SIGTERM, signal.SIGINT] if main else []
+    if main and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
     old = {number: signal.signal(number, note) for number in signals}
     try:
         yield seen

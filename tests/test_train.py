@@ -123,6 +123,19 @@ def losses(workdir):
     return np.array([float(row["loss"]) for row in log(workdir)])
 
 
+def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
+    with train.stop_signals() as seen:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert seen == [signal.SIGHUP]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.stop_signals() as seen:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert seen == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def stop_after(monkeypatch, step, number=signal.SIGTERM):
     """A signal as soon as the metrics of a step are reported."""
     plain = Reporter.train
