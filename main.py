@@ -8,6 +8,10 @@ python main.py --mode=compare --workdir=runs/a,runs/b  curves in one figure, res
 python main.py --mode=retrieval --config=configs/retrieval.py:capacity    synthetic experiments
 python main.py --config=examples/own_task.py           with what a file of one's own registers
 
+Every setting is a key of the config; fwm/config.py has them all, with units and defaults:
+--config=configs/dpfp_delta.py:small takes the paper's small model, and
+--config.model.n_layer=4 --config.train.lr=3e-4 --config.data.dir=/data/wikitext-103 single keys.
+
 One of several processes: --coordinator_address=host:port --num_processes=4 --process_id=0,
 or --coordinator_address=auto, which takes all three from Slurm's or Open MPI's environment.
 """
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default, linear_delta
@@ -82,7 +86,7 @@ def parse(argv: list[str]) -> ConfigDict:
     if not given:
         # Fields can be overridden only where there is a config to override them in.
         argv = [argv[0], f"--config={Path(default.__file__)}", *argv[1:]]
-    app.define_help_flags()
+    check_config_file(argv)
     sys.argv = argv  # config_flags looks for the overrides there
     try:
         with registry.recording() as registered:
@@ -112,6 +116,37 @@ def parse(argv: list[str]) -> ConfigDict:
         file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
         CONFIG.value.registered_in = str(Path(file).absolute())
     return CONFIG.value
+
+
+def check_config_file(argv: list[str]) -> None:
+    """Raise `UserError` where --config names no file: the parser says so in a traceback."""
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.lstrip("-").partition("=")
+        if not arg.startswith("-") or name != "config":
+            continue
+        value = value if equals else "".join(argv[i + 1 : i + 2])
+        file = value.partition(":")[0]
+        if not Path(file).is_file():
+            like = f"; there is {file}.py" if file and Path(f"{file}.py").is_file() else ""
+            raise UserError(
+                f"--config={value} names no file in {Path.cwd()}{like}: expected the path of a "
+                "config file, such as configs/dpfp_delta.py or configs/dpfp_delta.py:small."
+            )
+
+
+def check_platform() -> None:
+    """Raise `UserError` where JAX_PLATFORMS names a device that is not there."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    if not wanted:
+        return
+    try:
+        jax.devices()
+    # jax's own ways to say that no backend of these names could be started.
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"JAX_PLATFORMS={wanted} names no device that jax can use here: install what it needs "
+            'for it, such as "jax[cuda13]", or leave it unset.'
+        ) from error
 
 
 def _sentence(error: BaseException) -> str:
@@ -155,6 +190,8 @@ def dispatch(argv: list[str]) -> int:
                 f"--mode={MODE.value} runs in one process: leave the others' flags out."
             )
         parallel.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if MODE.value != "compare":
+        check_platform()
     if PROMPT.value and MODE.value != "generate":
         raise UserError(f"--prompt belongs to --mode=generate, but the mode is {MODE.value}.")
     if MODE.value == "retrieval":
@@ -193,6 +230,9 @@ def dispatch(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; a user's error becomes one sentence and status 2."""
+    if {"--help", "-help", "-h", "--helpfull"} & set(argv):
+        print(__doc__, "Flags:", flags.FLAGS.main_module_help(), sep="\n")
+        return 0
     try:
         return dispatch(argv)
     except UserError as error:

@@ -638,3 +638,38 @@ def test_generation_with_wrong_settings(trained, override, message):
     before = contents(trained[0])
     refused(evaluate("generate", trained[0], f"--config.{override}"), message)
     assert contents(trained[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config=nothing.py"], "--config=nothing.py names no file in .*such as configs/dpfp"),
+        (["--config", "nothing.py:small"], "--config=nothing.py:small names no file"),
+        (["--config=configs/dpfp_delta"], "; there is configs/dpfp_delta.py: expected"),
+        (["--config"], "--config= names no file"),
+        (["--mode=valid", "--config=configs"], "--config=configs names no file"),
+    ],
+)
+def test_a_config_file_that_is_not_there(arguments, said):
+    status, out, err = call(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.search(said, err)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_an_example_of_each_mode_and_how_keys_are_set(flag):
+    status, out, err = call(flag)
+    assert (status, err) == (0, "")
+    for word in (*main.MODES, "--workdir", "--config.train.lr=3e-4", "--prompt"):
+        assert word in out
+
+
+def test_a_platform_that_is_not_there(monkeypatch):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(main.jax, "devices", devices)
+    status, _, err = call(f"--config={DPFP}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("error: JAX_PLATFORMS=cuda names no device that jax can use here")
