@@ -10,7 +10,7 @@ python main.py --config=examples/own_task.py           with what a file of one's
 
 Every setting is a key of the config; fwm/config.py has them all, with units and defaults:
 --config=configs/dpfp_delta.py:small takes the paper's small model, and
---config.model.n_layer=4 --config.train.lr=3e-4 --config.data.dir=/data/wikitext-103 single keys.
+--config.model.n_layer=4 --config.train.lr=3e-4 --config.data.dir=/data/wikitext sets single keys.
 
 One of several processes: --coordinator_address=host:port --num_processes=4 --process_id=0,
 or --coordinator_address=auto, which takes all three from Slurm's or Open MPI's environment.
@@ -231,7 +231,10 @@ def dispatch(argv: list[str]) -> int:
 def main(argv: list[str]) -> int:
     """Run; a user's error becomes one sentence and status 2."""
     if {"--help", "-help", "-h", "--helpfull"} & set(argv):
-        print(__doc__, "Flags:", flags.FLAGS.main_module_help(), sep="\n")
+        try:
+            print(__doc__, "Flags:", flags.FLAGS.main_module_help(), sep="\n", flush=True)
+        except BrokenPipeError:  # `| head` has read enough; at exit nothing is to be written again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     try:
         return dispatch(argv)
