@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import default, linear_delta
 from fwm import evaluate, generate, parallel, registry, reporting, retrieval, train
 from fwm.config import build_config
+from fwm.data.cache import cache_folder
 from fwm.data.sources import label
 from fwm.errors import UserError
 from fwm.files import expanded, flatten
@@ -60,9 +61,24 @@ def job_name(config: ConfigDict) -> str:
     return name
 
 
-def _describe(config: ConfigDict) -> str:
+def default_workdir(config: ConfigDict) -> Path:
+    """runs/<job name>, or where a run of these settings lies that an earlier version has begun.
+
+    Those had `embedded` in the names of runs on a folder of one's own, too.
+    """
+    workdir = Path("runs", job_name(config))
+    if config.report.job_name or not config.data.dir or workdir.exists():
+        return workdir
+    earlier = Path("runs", _describe(config, config.data.name))
+    same = (earlier / "config.json").is_file() and (
+        saved_config(earlier)["data.dir"] == str(expanded(config.data.dir).absolute())
+    )
+    return earlier if same else workdir
+
+
+def _describe(config: ConfigDict, text: str = "") -> str:
     m, t = config.model, config.train
-    text = label(config.data.name, config.data.dir).replace(":", "-")
+    text = (text or label(config.data.name, config.data.dir)).replace(":", "-")
     learned = text if config.task == "text" else config.task
     mixer = build_config(m.to_dict(), n_token=2**31 - 1).make_mixer()  # of any vocabulary
     parts = [learned, *mixer.name_parts(m.mixer)]
@@ -80,13 +96,12 @@ def parse(argv: list[str]) -> ConfigDict:
     The config file may lie anywhere and register rules, feature maps, mixers and tasks; a run
     that is trained with it keeps in `registered_in` which file that was.
     """
-    given = any(
-        arg.lstrip("-").startswith("config=") or arg in ("-config", "--config") for arg in argv
-    )
+    given = config_values(argv)
     if not given:
         # Fields can be overridden only where there is a config to override them in.
         argv = [argv[0], f"--config={Path(default.__file__)}", *argv[1:]]
-    check_config_file(argv)
+    for value in given:
+        check_config_file(value)
     sys.argv = argv  # config_flags looks for the overrides there
     try:
         with registry.recording() as registered:
@@ -118,20 +133,25 @@ def parse(argv: list[str]) -> ConfigDict:
     return CONFIG.value
 
 
-def check_config_file(argv: list[str]) -> None:
-    """Raise `UserError` where --config names no file: the parser says so in a traceback."""
+def config_values(argv: list[str]) -> list[str]:
+    """What --config=FILE or --config FILE names, every time that it is given."""
+    values = []
     for i, arg in enumerate(argv):
         name, equals, value = arg.lstrip("-").partition("=")
-        if not arg.startswith("-") or name != "config":
-            continue
-        value = value if equals else "".join(argv[i + 1 : i + 2])
-        file = value.partition(":")[0]
-        if not Path(file).is_file():
-            like = f"; there is {file}.py" if file and Path(f"{file}.py").is_file() else ""
-            raise UserError(
-                f"--config={value} names no file in {Path.cwd()}{like}: expected the path of a "
-                "config file, such as configs/dpfp_delta.py or configs/dpfp_delta.py:small."
-            )
+        if arg.startswith("-") and name == "config":
+            values.append(value if equals else "".join(argv[i + 1 : i + 2]))
+    return values
+
+
+def check_config_file(value: str) -> None:
+    """Raise `UserError` where there is no such file: the parser says so in a traceback."""
+    file = value.partition(":")[0]
+    if not Path(file).is_file():
+        like = f"; there is {file}.py" if file and Path(f"{file}.py").is_file() else ""
+        raise UserError(
+            f"--config={value} names no file in {Path.cwd()}{like}: expected the path of a config "
+            "file, such as configs/dpfp_delta.py or configs/dpfp_delta.py:small."
+        )
 
 
 def check_platform() -> None:
@@ -190,18 +210,17 @@ def dispatch(argv: list[str]) -> int:
                 f"--mode={MODE.value} runs in one process: leave the others' flags out."
             )
         parallel.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    if MODE.value != "compare":
+    if MODE.value not in ("compare", "retrieval"):  # Processes of its own have retrieval's devices.
         check_platform()
     if PROMPT.value and MODE.value != "generate":
         raise UserError(f"--prompt belongs to --mode=generate, but the mode is {MODE.value}.")
     if MODE.value == "retrieval":
         return retrieval.run(config, expanded(WORKDIR.value or f"runs/retrieval-{config.setting}"))
-    workdir = expanded(WORKDIR.value or Path("runs", job_name(config)))
+    workdir = expanded(WORKDIR.value) if WORKDIR.value else default_workdir(config)
     if MODE.value != "train":
         if not WORKDIR.value:
             raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
-        given = any(arg.lstrip("-").startswith("config=") for arg in argv)
-        if given and not config.registered_in:
+        if config_values(argv) and not config.registered_in:
             note = f"--config is not used: the settings are those of the run in {workdir}."
             print(note, file=sys.stderr)
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
@@ -211,15 +230,15 @@ def dispatch(argv: list[str]) -> int:
             return compare([expanded(name) for name in WORKDIR.value.split(",")])
         config = config_of_run(workdir, overrides)
     # Absolute, so that an evaluation finds the text from anywhere.
-    for field in ("dir", "cache_dir"):
-        # The default cache is everybody's own, also where somebody else's run is evaluated.
-        if config.data[field] and not (field == "cache_dir" and config.data[field][0] == "~"):
-            config.data[field] = str(expanded(config.data[field]).absolute())
-    if not config.data.cache_dir:
-        raise UserError("config.data.cache_dir is empty: give a folder, such as ~/.cache/fwm.")
+    if config.data.dir:
+        config.data.dir = str(expanded(config.data.dir).absolute())
+    cache = cache_folder(config.data.cache_dir)
+    # One below ~ is everybody's own, also where somebody else's run is evaluated.
+    if not config.data.cache_dir.startswith("~"):
+        config.data.cache_dir = str(cache.absolute())
     # Compiled programs are kept, so that a second start takes a fraction of the first.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(expanded(config.data.cache_dir) / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     if MODE.value == "train":
         return train.run(config, workdir, _describe(config))
     if MODE.value == "generate":

@@ -151,12 +151,13 @@ def moved(shapes: dict[str, str], instruction: Instruction) -> int:
 
 def cost(program: Program, bandwidth: float, peak: float, trips: tuple[float, ...] = ()) -> dict:
     """launches, bytes, seconds and data-dependent loops of each part, and of the whole as ""."""
-    by: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    zeros = lambda: dict.fromkeys(("launches", "bytes", "seconds", "loops"), 0.0)
+    by: dict[str, dict[str, float]] = collections.defaultdict(zeros)
 
     def add(part: str, **amounts: float) -> None:
         for name, amount in amounts.items():
-            by[""][name] += amount  # type: ignore[assignment]
-            by[part][name] += amount  # type: ignore[assignment]
+            by[""][name] += amount
+            by[part][name] += amount
 
     def walk(computation: str, times: float, asking: int) -> None:
         instructions = program.computations[computation]

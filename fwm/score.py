@@ -23,16 +23,9 @@ from fwm import parallel
 from fwm.errors import UserError
 from fwm.model import LanguageModel, ModelConfig, empty_memory
 from fwm.ops.checks import checked_ids
+from fwm.perplexity import perplexity
 
 Stream = Int[np.ndarray, " S"] | Int[Array, " S"]
-
-
-def perplexity(mean_nll: float) -> float:
-    """exp(mean nll); infinity where no float is that large."""
-    try:
-        return math.exp(mean_nll)
-    except OverflowError:
-        return math.inf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,8 @@ from fwm.errors import UserError
 from fwm.files import flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
 from fwm.optimizer import Schedule, adam, learning_rate
+from fwm.perplexity import perplexity
 from fwm.reporting import Progress, Reporter, Trace, parameter_table
-from fwm.score import perplexity
 from fwm.step import (
     Batch,
     TrainState,

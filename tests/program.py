@@ -1,7 +1,9 @@
 """main.py within this process, as a shell would call it, on a very small model and text."""
 
 import contextlib
+import hashlib
 import io
+import re
 import sys
 
 from absl import flags
@@ -41,3 +43,23 @@ def write_text(folder, **splits):
             data = text if isinstance(text, bytes) else text.encode()
             (folder / f"{split}.txt").write_bytes(data)
     return folder
+
+
+def evaluate(mode, workdir, *arguments):
+    return call(f"--mode={mode}", f"--workdir={workdir}", *arguments)
+
+
+def contents(folder):
+    """Every path under a folder, with a checksum of each file."""
+    return {
+        path: path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+    }
+
+
+def refused(result, message):
+    status, _, err = result
+    assert status == 2
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    assert "Traceback" not in err
+    assert re.search(message, err), err

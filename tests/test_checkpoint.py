@@ -390,7 +390,11 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert lines[5:] == ["RESTORED 4 [1, 4] True", "LEFT ['1', '4']"]
 
 
-def test_json_files(tmp_path):
+def full_disk(*args):
+    raise OSError(28, "No space left on device")
+
+
+def test_json_files(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     write_json(path, {"lr": 0.1, "name": "é"})
     assert read_json(path) == {"lr": 0.1, "name": "é"}
@@ -398,6 +402,12 @@ def test_json_files(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"lr": {1, 2}})
     assert read_json(path)["lr"] == 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            write_json(path, {"lr": 0.2})
+    assert read_json(path)["lr"] == 0.1
+    assert os.listdir(tmp_path) == ["config.json"]
     for text in (b"", b"{", b"\xff\xfe", b"[" * 200_000):
         path.write_bytes(text)
         with pytest.raises(UserError, match=r"config\.json is not valid JSON"):

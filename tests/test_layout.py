@@ -17,6 +17,7 @@ ALLOWED = {
     "fwm.data": {"fwm.errors", "fwm.files"},
     "fwm.optimizer": {"fwm.errors"},
     "fwm.parallel": {"fwm.errors"},
+    "fwm.perplexity": set(),
     "fwm.files": {"fwm.errors"},
     "fwm.registry": {"fwm.errors"},
     "fwm.checkpoint": {"fwm.errors", "fwm.files"},
@@ -24,16 +25,18 @@ ALLOWED = {
     "fwm.config": {"fwm.errors", "fwm.layers"},
     "fwm.model": {"fwm.errors", "fwm.config", "fwm.ops", "fwm.layers"},
     "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model", "fwm.ops"},
-    "fwm.reporting": {"fwm.errors", "fwm.files", "fwm.parallel"},
+    "fwm.reporting": {"fwm.errors", "fwm.files", "fwm.parallel", "fwm.perplexity"},
     "fwm.reporting.sinks": {"fwm.errors", "fwm.files"},
     "fwm.reporting.figures": {"fwm.reporting.sinks"},
     "fwm.reporting.compare": {
         "fwm.errors", "fwm.files", "fwm.reporting.figures", "fwm.reporting.sinks"
     },
     "fwm.reporting.trace": set(),
-    "fwm.reporting.reporter": {"fwm.reporting.figures", "fwm.reporting.sinks"},
+    "fwm.reporting.reporter": {"fwm.perplexity", "fwm.reporting.figures", "fwm.reporting.sinks"},
     "fwm.step": {"fwm.model", "fwm.ops", "fwm.optimizer", "fwm.parallel"},
-    "fwm.score": {"fwm.errors", "fwm.config", "fwm.model", "fwm.ops.checks", "fwm.parallel"},
+    "fwm.score": {
+        "fwm.errors", "fwm.config", "fwm.model", "fwm.ops.checks", "fwm.parallel", "fwm.perplexity"
+    },
     "fwm.tasks": {"fwm.data", "fwm.errors", "fwm.model", "fwm.registry", "fwm.score", "fwm.step"},
     "fwm.workdir": {
         "fwm.checkpoint", "fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.model",

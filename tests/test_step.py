@@ -14,7 +14,7 @@ from fwm.config import build_config
 from fwm.model import LanguageModel
 from fwm.optimizer import adam, learning_rate
 from fwm.step import Batch, init_state, train_step, valid_step
-from fwm.tasks import Task
+from fwm.tasks import Synthetic, Task
 
 ROWS, LENGTH = 4, 6
 FIELDS = {
@@ -98,14 +98,26 @@ def test_a_batch_of_which_nothing_counts_changes_no_parameter(parts):
     assert_same_bits(jax.device_get(after.params), jax.device_get(state.params))
 
 
-class Copy(Task):
+class Copy(Synthetic):
     """No more of a task than its score."""
 
     def __init__(self):
         pass
 
+    def draw(self, rng, length):
+        raise AssertionError("nothing is drawn")
+
     def measures(self, nll, batch):
         return {"sure": (nll < 3.0).astype(jnp.float32)}
+
+
+def test_what_a_task_lacks_is_named_where_it_is_opened():
+    class Half(Task):
+        def summary(self):
+            return ""
+
+    with pytest.raises(TypeError, match=r"__init__.*batch.*batches.*protocol"):
+        Half()
 
 
 def test_the_score_is_summed_over_what_counts_and_over_devices(parts):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fwm.errors import UserError
+from fwm.files import expanded
 
 
 @contextlib.contextmanager
@@ -22,6 +23,13 @@ def _writing(folder: Path) -> Iterator[None]:
             f"The data cache {folder} cannot be written ({error.strerror}); make room there or"
             " choose another folder with --config.data.cache_dir."
         ) from error
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """The folder that `config.data.cache_dir` names, `~` expanded; UserError where it is empty."""
+    if not cache_dir:
+        raise UserError("config.data.cache_dir is empty: give a folder, such as ~/.cache/fwm.")
+    return expanded(cache_dir)
 
 
 def build_once(final: Path, build: Callable[[Path], None]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from fwm.data import segments, tokens
-from fwm.data.cache import build_once, file_digest
+from fwm.data.cache import build_once, cache_folder, file_digest
 from fwm.data.segments import ALL_ROWS, ShuffledSentences
 from fwm.data.sources import SPLITS, Source, label, layout, locate
 from fwm.data.vocabulary import UNK, Vocabulary
@@ -80,12 +80,7 @@ def load(
       UserError: the text is not there, lacks a split, is empty, not UTF-8 or not of this kind, has
         words that the given vocabulary cannot express, or the cache cannot be written.
     """
-    if not cache_dir:
-        raise UserError(
-            "config.data.cache_dir is empty; expected the folder where the encoded text is kept,"
-            " by default ~/.cache/fwm."
-        )
-    cache, dir = expanded(cache_dir), str(expanded(dir)) if dir else ""
+    cache, dir = cache_folder(cache_dir), str(expanded(dir)) if dir else ""
     source = locate(name, dir, cache, download)
     needed = splits if vocab is not None else (*splits, "train")
     for split in needed:

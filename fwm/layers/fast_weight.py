@@ -105,7 +105,7 @@ class FastWeightAttention(Mixer):
         return project((x.shape[-1],), (-2, -1), self.dtype, "out")(out), state
 
     @property
-    def norms_itself(self) -> bool:  # type: ignore[override]
+    def norms_itself(self) -> bool:
         """Only the quadratic layers do."""
         return not self.scale_output
 

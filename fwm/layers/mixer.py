@@ -50,7 +50,6 @@ class Mixer(nn.Module):
 
     carries: ClassVar[Literal["never", "asked", "always"]] = "never"
     adds_positions: ClassVar[bool] = True
-    norms_itself: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -63,6 +62,11 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Array, "B _ D"], Any]:
         """See the class."""
         raise NotImplementedError
+
+    @property
+    def norms_itself(self) -> bool:
+        """See the class."""
+        return False
 
     def empty(self, batch_size: int, d_model: int) -> Any:
         """What a layer carries before the first token; None: nothing, ever."""

@@ -248,6 +248,7 @@ def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_
         logit = _dot("td,td->t", h, table[row].astype(h.dtype)) + bias[row]
         chosen = chosen + jnp.where(mine, logit, 0)
     nll = lse["head"] + jnp.where(by.which > 0, lse["tail"], 0) - chosen
+    # Without the padding, whose size differs between platforms.
     return by.unsort(nll), {kind: x[: by.total] for kind, x in lse.items()}
 
 

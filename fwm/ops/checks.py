@@ -16,18 +16,18 @@ def check(of: str, **arrays: tuple[Any, ...]) -> None:
 
     Args:
         of: who asks, for the message.
-        arrays: by name, (array, axes as in "B T N K" or "B T 16", kind of dtype: `jnp.floating`
-            unless given). An axis of the same name has the same size in all of them; only the
+        arrays: by name, (array, axes as in "B T N K", kind of dtype: `jnp.floating` unless given).
+            An axis of the same name has the same size in all of them; only the
             batch, B, may be empty.
 
     Raises:
         UserError: no array, another dtype, rank or size, an axis without a size (export).
     """
-    sizes: dict[str, tuple[Any, str]] = {}
+    sizes: dict[str, tuple[int, str]] = {}
     for name, (x, axes, *kinds) in arrays.items():
         kind, letters = (kinds or [jnp.floating])[0], axes.split()
         wanted = f"{of}: {name} must be a {_KINDS[kind]} array [{', '.join(letters)}]"
-        if not isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        if not isinstance(x, jax.Array | np.ndarray):
             raise UserError(f"{wanted}, got {type(x).__name__}.")
         if not jnp.issubdtype(x.dtype, kind) or len(x.shape) != len(letters):
             raise UserError(f"{wanted}, got {x.dtype} of shape {x.shape}.")
@@ -40,35 +40,32 @@ def check(of: str, **arrays: tuple[Any, ...]) -> None:
             if size == 0 and letter != "B":
                 token = "there must be at least one token, " if letter in "TS" else ""
                 raise UserError(f"{of}: {token}{name} of shape {x.shape} has an empty axis.")
-            first = (int(letter), "") if letter.isdigit() else (size, name)
-            expected, other = sizes.setdefault(letter, first)
+            expected, other = sizes.setdefault(letter, (size, name))
             if size != expected:
-                fit = f"{other} of shape {arrays[other][0].shape}" if other else f"{expected}"
                 raise UserError(
-                    f"{of}: {name} of shape {x.shape} does not fit {fit} in axis {letter}: "
-                    "they must be equal, nothing is broadcast."
+                    f"{of}: {name} of shape {x.shape} does not fit {other} of shape "
+                    f"{arrays[other][0].shape} in axis {letter}: they must be equal, nothing is "
+                    "broadcast."
                 )
 
 
-def checked_ids(what: str, ids: Any, n_token: int, rank: int = 1) -> np.ndarray:
-    """Ids that are on the host, as int32 of the same values.
+def checked_ids(what: str, ids: Any, n_token: int) -> np.ndarray:
+    """One row of ids that are on the host, as int32 of the same values.
 
     Raises:
-        UserError: no integers, another number of axes, an id outside 0 ... n_token - 1.
+        UserError: no integers, more than one axis, an id outside 0 ... n_token - 1.
     """
     array = np.asarray(ids)
-    if array.size == 0 and array.ndim == rank:
+    if array.size == 0 and array.ndim == 1:
         return array.astype(np.int32)
-    if not np.issubdtype(array.dtype, np.integer) or array.ndim != rank:
+    if not np.issubdtype(array.dtype, np.integer) or array.ndim != 1:
         raise UserError(
-            f"{what}: expected integer ids in {rank} {'axis' if rank == 1 else 'axes'}, "
-            f"got {array.dtype} of shape {array.shape}."
+            f"{what}: expected integer ids in one axis, got {array.dtype} of shape {array.shape}."
         )
     if array.min() < 0 or array.max() >= n_token:
-        place = np.unravel_index(np.argmax((array < 0) | (array >= n_token)), array.shape)
-        where = ", ".join(str(i) for i in place)
+        place = int(np.argmax((array < 0) | (array >= n_token)))
         raise UserError(
-            f"{what}: id {array[place]} at place {where} is outside the vocabulary of "
+            f"{what}: id {array[place]} at place {place} is outside the vocabulary of "
             f"n_token={n_token}: ids must be 0 to {n_token - 1}."
         )
     return array.astype(np.int32, copy=False)

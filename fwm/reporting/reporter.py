@@ -18,16 +18,13 @@ from typing import Any
 import jax
 from clu import parameter_overview
 
+from fwm.perplexity import perplexity
 from fwm.reporting.figures import draw_learning_curves
 from fwm.reporting.sinks import LOG, CsvLog, Row, Sink, TensorBoard, WandB
 
 CURVE = "learning_curve.png"
 REDRAW_SECONDS = 0.2  # between two states of the live line
 ERASE = "\r\x1b[K"
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _short(value: float) -> str:
@@ -99,7 +96,7 @@ class Reporter:
         """Report a training step: `scalars` has `loss`, and learning_rate, grad_norm, ..."""
         if not self._active:
             return
-        values = {"perplexity": _perplexity(scalars["loss"]), **scalars}
+        values = {"perplexity": perplexity(scalars["loss"]), **scalars}
         values["tokens_per_second"] = tokens_per_second
         self._show_progress(step, scalars["loss"], tokens_per_second, seconds_left)
         memory = jax.local_devices()[0].memory_stats()
@@ -121,7 +118,7 @@ class Reporter:
         """
         if not self._active:
             return
-        values = {"perplexity": _perplexity(scalars["loss"]), **scalars}
+        values = {"perplexity": perplexity(scalars["loss"]), **scalars}
         others = "".join(f"{k} {v:.4f}  " for k, v in scalars.items() if k != "loss")
         line = (
             f">>> validation at step {step}: loss {values['loss']:.4f}  "
@@ -153,8 +150,8 @@ class Reporter:
     def _show_progress(
         self, step: int, loss: float, tokens_per_second: float, seconds_left: float | None
     ) -> None:
-        perplexity = _short(_perplexity(loss))
-        line = f"step {step}/{self._total_steps}  loss {loss:.4f}  perplexity {perplexity}"
+        value = _short(perplexity(loss))
+        line = f"step {step}/{self._total_steps}  loss {loss:.4f}  perplexity {value}"
         if tokens_per_second:  # Unknown after the first step, which compiles.
             line += f"  {tokens_per_second:,.0f} tokens/s"
         if seconds_left is not None:

@@ -1,5 +1,6 @@
 """Tasks of sequences that are drawn, not read: a base for one's own."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,11 +40,11 @@ class Synthetic(Task):
         evaluated = 0 if "train" in splits else config.eval.tgt_len
         self._length = evaluated or config.train.tgt_len
 
+    @abstractmethod
     def draw(
         self, rng: np.random.Generator, length: int
     ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
         """One sequence: tokens, the target at each, and which targets count."""
-        raise NotImplementedError
 
     def summary(self) -> str:
         """What is drawn."""

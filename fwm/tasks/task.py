@@ -1,5 +1,6 @@
 """The contract of a task: its vocabulary, its batches with a mask, its score."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,7 @@ from fwm.model import LanguageModel
 from fwm.step import Batch, masked_sums, restart
 
 
-class Task:
+class Task(ABC):
     """What a model is trained on, opened from all settings.
 
     Args:
@@ -32,27 +33,28 @@ class Task:
     size: int = 0  # training tokens there are; 0: they never end
     writes: bool = False  # what a model goes on to say has a meaning (`--mode=generate`)
 
+    @abstractmethod
     def __init__(self, config: Any, splits: Sequence[str], vocab: Vocabulary | None = None):
-        raise NotImplementedError
+        """See the class."""
 
+    @abstractmethod
     def summary(self) -> str:
         """One line that says what there is to learn from."""
-        raise NotImplementedError
 
     def identity(self) -> Any:
         """What must be the same in all processes of a run, as JSON."""
         return self.vocab.text()
 
+    @abstractmethod
     def batch(self, step: int, rows: slice) -> Batch:
         """These rows of the training batch of a step, a pure function of (settings, step)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batches(self, split: str, rows: slice) -> Iterator[Batch]:
         """These rows of the batches of a split, for the quick validation; all have one shape.
 
         Where a memory is carried, a batch continues the one before, but for `first` rows.
         """
-        raise NotImplementedError
 
     def measures(self, nll: Float[Array, "B T"], batch: Batch) -> dict[str, Float[Array, "B T"]]:
         """What else than the nll is to be averaged over the targets that count, by name."""
@@ -81,6 +83,6 @@ class Task:
         means = {name: sums[name] / count for name in sums if name not in ("nll", "count")}
         return {"loss": sums["nll"] / count} | means
 
+    @abstractmethod
     def protocol(self, config: Any, model: LanguageModel, variables: Any, split: str) -> Any:
         """How a trained model is scored exactly: a value of `fwm.score`."""
-        raise NotImplementedError

@@ -3,6 +3,7 @@
 import inspect
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,3 +102,10 @@ def test_an_id_that_only_a_device_knows_makes_nan():
     x, ids = jnp.ones((1, 4, 2)), jnp.array([[0, 5, -1, 4]])
     found = jax.jit(nan_where_invalid, static_argnums=2)(x, ids, 5)
     np.testing.assert_array_equal(np.isnan(found[0, :, 0]), [False, True, True, False])
+
+
+def test_export_with_symbolic_sizes_is_refused_in_a_sentence():
+    batch = jax.export.symbolic_shape("b, 6, 2, 3")
+    function = jax.jit(lambda x: DELTA["chunked"](x, x, x, x[..., 0])[0])
+    with pytest.raises(UserError, match=r"q has the symbolic shape .*b, 6, 2, 3.* once for every"):
+        jax.export.export(function)(jax.ShapeDtypeStruct(batch, np.float32))

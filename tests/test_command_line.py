@@ -1,0 +1,179 @@
+"""What is said of a command line that is wrong, before there is a run: one clear sentence."""
+
+import re
+from pathlib import Path
+
+import pytest
+from program import DPFP, call, contents, evaluate, refused, write_text
+
+import main
+from configs import default
+
+
+def test_the_name_of_a_run_tells_what_matters():
+    name = main.job_name(default.build("tiny,no_pos,dropout=0.2"))
+    assert name.startswith("embedded-dpfp-delta-none-nu2-nopos-L2-d128-h4x16-ff512-len64-bs16-lr")
+    assert "-drop0.2-seed1111" in name
+    assert main.job_name(default.build("tiny", mixer="softmax")).startswith("embedded-softmax-L2")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_an_example_of_each_mode_and_how_keys_are_set(flag):
+    status, out, err = call(flag)
+    assert (status, err) == (0, "")
+    for word in (*main.MODES, "--workdir", "--config.train.lr=3e-4", "--prompt"):
+        assert word in out
+
+
+COMMAND_LINES = {
+    "--config=configs/nothing.py": r"configs/nothing\.py",
+    "--config=configs/dpfp_delta.py:huge": "unknown preset 'huge': expected one of tiny, small",
+    "--config=configs/dpfp_delta.py:tiny,nopos": "unknown option 'nopos': expected no_pos, skip",
+    "--config=configs/dpfp_delta.py:tiny,d_model=x": "'d_model=x': expected a int such as 128",
+    "--config=configs/transformer.py:tiny,carry_over_fast_weight": "no meaning for softmax",
+    "--config.model.d_modell=3": "d_modell",
+    "--config.modell.d_model=3": "modell",
+    "--config.model.d_model=abc": "d_model",
+    "--config.model.d_model=1.5": "d_model",
+    "--config.train.lr=fast": "lr",
+    "--config.model.no_pos=perhaps": "no_pos",
+    "--config.model.cutoffs=(1,": "cutoffs",
+    "--config.model.feature_map=exp": "'exp': expected one of elu, favor, dpfp",
+    "--config.model.dtype=float16": "'float16': expected one of float32, bfloat16",
+    "--config.model.mem_len=4": "mem_len has no meaning for fast_weight, it is a key of trans",
+    "--config.model.d_model=15": "d_model must be even",
+    "--config.train.scheduler=linear": "'linear': expected one of cosine, inv_sqrt, constant",
+    "--config.train.profile_steps=(5,2)": r"first and the last step to trace.*got \(5, 2\)",
+    "--config.train.profile_steps=(5,)": r"first and the last step to trace.*got \(5,\)",
+    "--prompt=once": "--prompt belongs to --mode=generate, but the mode is train",
+    "--config.train.nan_policy=ignore": "'ignore': expected one of stop, skip",
+    "--num_processes=2": "several processes need --coordinator_address=host:port with",
+    "--coordinator_address=auto --process_id=0": "or --coordinator_address=auto without them",
+    "--config.train.batch_size=5": r"train\.batch_size=5 does not split evenly over 2 devices",
+    "--config.train.batch_size=0": r"train\.batch_size=0",
+    "--config.train.eval_batch_size=3": r"eval_batch_size=3 does not split evenly over 2 devices",
+    "--config.train.batch_chunk=3": "batch_chunk=3 does not divide the 2 rows",
+    "--config.train.batch_chunk=0": "batch_chunk=0 does not divide",
+    "--config.seed=10000000000000000000000": r"config.seed must be 0 or more and below",
+    "--config.seed=-1": r"config.seed must be 0 or more and below",
+    "--config.train.tgt_len=0": r"tgt_len must be at least 1, got 0",
+    "--config.train.max_step=0": r"max_step must be at least 1, got 0",
+    "--config.train.tgt_len=1000": "has 140 tokens, but batch_size 4 rows of tgt_len 1000",
+    "--config.data.dir=/nowhere": "There is no folder /nowhere",
+    "--config.data.dir= --config.data.name=wikitext103": r"--config\.data\.dir",
+    "--config.data.dir= --config.data.name=wiki": "Unknown config.data.name 'wiki'; choose one of",
+    "--no_such_flag=1": "no_such_flag",
+    "--mode=test": r"test.*train\|valid\|eval|test.*train, valid, eval",
+    "valid": "unknown argument 'valid'",
+}
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_a_wrong_command_line_makes_no_workdir(train, place, tmp_path, line):
+    before = contents(place / "text")
+    refused(train(tmp_path / "run", *line.split(" ")), COMMAND_LINES[line])
+    assert not list(tmp_path.iterdir())
+    assert contents(place / "text") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config=nothing.py"], "--config=nothing.py names no file in .*such as configs/dpfp"),
+        (["--config", "nothing.py:small"], "--config=nothing.py:small names no file"),
+        (["--config=configs/dpfp_delta"], "; there is configs/dpfp_delta.py: expected"),
+        (["--config"], "--config= names no file"),
+        (["--mode=valid", "--config=configs"], "--config=configs names no file"),
+    ],
+)
+def test_a_config_file_that_is_not_there(arguments, said):
+    status, out, err = call(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.search(said, err)
+
+
+def test_a_platform_that_is_not_there(monkeypatch):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(main.jax, "devices", devices)
+    status, _, err = call(f"--config={DPFP}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("error: JAX_PLATFORMS=cuda names no device that jax can use here")
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": None}, "lacks the train split"),
+        ({"valid": None}, "lacks the valid split"),
+        ({"train": ""}, r"train\.txt is empty"),
+        ({"valid": "\n \n"}, r"valid\.txt is empty"),
+        ({"train": b"the \xff\xfe cat\n" * 40}, r"train\.txt is not UTF-8"),
+        (
+            {"train": "too short\n"},
+            "has 3 tokens, but batch_size 4 rows of tgt_len 8 need at least",
+        ),
+    ],
+)
+def test_a_wrong_text_makes_no_workdir(train, tmp_path, splits, message):
+    text = write_text(tmp_path / "text", **splits)
+    refused(train(tmp_path / "run", data__dir=text), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["report.job_name=../a", "report.job_name=..", "data.name=/a"])
+def test_a_job_name_cannot_lead_out_of_the_runs(monkeypatch, tmp_path, field):
+    monkeypatch.chdir(tmp_path)
+    config = Path(main.__file__).parent / DPFP
+    refused(call(f"--config={config}", f"--config.{field}"), "is a path: expected")
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_needs_a_config(tmp_path):
+    result = call(f"--workdir={tmp_path / 'run'}")
+    refused(result, r"needs --config=configs/<variant>\.py, .*dpfp_delta, .*transformer_xl\.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_that_is_a_file(train, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused(train(workdir), "another --workdir")
+        refused(evaluate("valid", workdir), "holds no run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", ["valid", "eval", "generate", "compare"])
+def test_evaluation_where_there_is_no_run(tmp_path, mode):
+    refused(call(f"--mode={mode}"), "needs the --workdir of a trained run")
+    refused(evaluate(mode, tmp_path / "run"), "holds no run")
+    refused(evaluate(mode, tmp_path), "holds no run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_an_earlier_version_has_named_goes_on(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = default.build("tiny")
+    config.data.dir = str(tmp_path / "mine")
+    now, earlier = (Path("runs", f"{name}-dpfp-delta") for name in ("mine", "embedded"))
+    assert str(main.default_workdir(config)).startswith(str(now))
+    old = Path("runs", main.job_name(default.build("tiny")))
+    assert str(old).startswith(str(earlier))
+    old.mkdir(parents=True)
+    (old / "config.json").write_text(config.to_json())
+    assert main.default_workdir(config) == old
+    # One on another folder, or on the embedded corpus itself, is not this one.
+    other = config.copy_and_resolve_references()
+    other.data.dir = str(tmp_path / "other")
+    for theirs in (other, default.build("tiny")):
+        (old / "config.json").write_text(theirs.to_json())
+        assert str(main.default_workdir(config)).startswith(str(now))
+
+
+def test_a_config_in_two_words_is_noted_as_one_in_one_word(tmp_path):
+    for given in (("--config", DPFP), (f"--config={DPFP}",)):
+        status, _, err = call("--mode=valid", f"--workdir={tmp_path}", *given)
+        assert status == 2
+        assert "--config is not used" in err
