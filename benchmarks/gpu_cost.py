@@ -200,7 +200,9 @@ def topology(device: str, n: int) -> Any:
     """So many devices that are not there."""
     from jax.experimental import topologies
 
-    for plugin in ("xla_cuda13", "xla_cuda12"):
+    # CUDA 13 knows no V100, and its compiler dies of one.
+    plugins = ("xla_cuda12",) if device == "v100" else ("xla_cuda13", "xla_cuda12")
+    for plugin in plugins:
         try:
             importlib.import_module(f"jax_plugins.{plugin}")
         except ImportError:
@@ -209,7 +211,8 @@ def topology(device: str, n: int) -> Any:
         return topologies.get_topology_desc(
             "gpu", "cuda", target_config=target, topology=f"1x1x{n}"
         )
-    sys.exit('The compiler for GPUs is missing: pip install "jax[cuda13]" (for a V100: cuda12).')
+    extra = plugins[0].removeprefix("xla_")
+    sys.exit(f'The compiler for a GPU {device} is missing: pip install "jax[{extra}]".')
 
 
 def step(variant: str, preset: str, dtype: str, rows: int) -> tuple[Callable, tuple]:
