@@ -95,6 +95,8 @@ def feed(
     decoder: Decoder, context: Context, token: int | np.integer | Int[Array, ""]
 ) -> tuple[Float[Array, " V"], Context]:
     """Read one more token: log p of every next word, [n_token] float32, and the new context."""
+    if not isinstance(token, jax.Array):
+        checked_ids("the token", token, decoder.model.config.n_token, 0)
     step, _ = _compiled(decoder.model)
     return step(decoder.variables, context, jnp.asarray(token, jnp.int32))
 
@@ -214,9 +216,10 @@ def log_probs(
     continuation: Sequence[int] | Int[np.ndarray, " S"],
 ) -> Float[np.ndarray, " S"]:
     """log p, in nats, of every word of a given continuation, read as if it had been drawn."""
+    ids = checked_ids("the continuation", continuation, decoder.model.config.n_token)
     row, context = begin(decoder, prompt)
     found = []
-    for token in continuation:
+    for token in ids:
         found.append(row[token])
         row, context = feed(decoder, context, token)
     return np.array(found, np.float32)

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+from fwm.ops.checks import vary
 
 
 class _Blocks(NamedTuple):
@@ -235,7 +238,7 @@ def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_
     by = _by_cluster(clusters, blocks, targets)
     hs = [by.sort(h) for h in hiddens]
     columns = _logits(hs[0], cluster_weight, cluster_bias)
-    empty = jnp.full(by.which.shape, -jnp.inf)
+    empty = vary(jnp.full(by.which.shape, -jnp.inf), hs)
     lse = {"head": reduce(jnp.logaddexp, columns.T, empty), "tail": empty}
     chosen = jnp.zeros(by.which.shape)
     for i in range(1, len(clusters)):
@@ -259,10 +262,17 @@ def _by_platform(function: Callable, *arguments: Any) -> Any:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def nll(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
     """`definition`, with its gradient, at a cost in proportion to the tokens of each cluster."""
-    arguments = hiddens, tables, biases, cluster_weight, cluster_bias, targets
+    # In float32, as the gradients are sums over all tokens, and rounded only then.
+    parameters = jax.tree.map(
+        lambda x: x.astype(jnp.float32), (tables, biases, cluster_weight, cluster_bias)
+    )
+    return _nll(clusters, *vary((hiddens, *parameters, targets)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nll(clusters, *arguments):
     return _by_platform(partial(_forward, clusters), *arguments)[0]
 
 
@@ -322,9 +332,8 @@ def _backward(clusters, blocks, saved, g):
     g, hs = by.sort(g), [by.sort(h) for h in hiddens]
     beyond = by.which.size - by.total
     lse = {k: jnp.pad(x, (0, beyond), constant_values=jnp.inf) for k, x in lse.items()}
-    d_hs = [jnp.zeros(h.shape, jnp.float32) for h in hs]
-    d_tables = [jnp.zeros_like(t) for t in tables]
-    d_biases = [jnp.zeros_like(b) for b in biases]
+    zeros = lambda x: vary(jnp.zeros(x.shape, jnp.float32), hs)
+    d_hs, d_tables, d_biases = ([zeros(x) for x in part] for part in (hs, tables, biases))
 
     n_tail = len(clusters) - 1
     p = jnp.exp(_logits(hs[0], cluster_weight, cluster_bias) - lse["head"][:, None])
@@ -345,22 +354,28 @@ def _backward(clusters, blocks, saved, g):
     return d_hiddens, tuple(d_tables), tuple(d_biases), d_cluster_weight, d_cluster_bias
 
 
-nll.defvjp(_nll_fwd, _nll_bwd)
+_nll.defvjp(_nll_fwd, _nll_bwd)
 
 
-@jax.custom_vjp
 def take(table: Array, index: Array) -> tuple[Array, Array]:
     """table[index], and the table itself for its next user.
 
     The next user's gradient comes back first and the rows are added into it in place; two separate
     gradients of a large table would each be a buffer full of zeros.
     """
+    return _take(*vary((table, index)))
+
+
+@jax.custom_vjp
+def _take(table, index):
     return table[index], table
 
 
 def _take_bwd(index, gradients):
     d_rows, d_table = gradients
-    return d_table.at[index].add(d_rows), None
+    wide = np.promote_types(np.float32, d_table.dtype)  # a row may be read by many tokens
+    total = d_table.astype(wide).at[index].add(d_rows.astype(wide))
+    return total.astype(d_table.dtype), None
 
 
-take.defvjp(lambda table, index: ((table[index], table), index), _take_bwd)
+_take.defvjp(lambda table, index: ((table[index], table), index), _take_bwd)

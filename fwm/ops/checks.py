@@ -75,3 +75,21 @@ def nan_where_invalid(x: jax.Array, ids: jax.Array, n_token: int) -> jax.Array:
     """x [*ids.shape, ...], NaN where an id is outside the vocabulary and only a device knows it."""
     valid = (ids >= 0) & (ids < n_token)
     return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - ids.ndim)), x, jnp.nan)
+
+
+def vary(tree: Any, *like: Any) -> Any:
+    """The tree, varying over all mesh axes of a `jax.shard_map` that itself or `like` varies over.
+
+    A scan's carry must vary as its results do, and fresh zeros do not.
+    """
+    axes: frozenset = frozenset().union(*map(_varies_over, jax.tree.leaves((tree, like))))
+
+    def varying(x):
+        missing = tuple(sorted(axes - _varies_over(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(varying, tree)
+
+
+def _varies_over(x):
+    return jax.typeof(x).manual_axis_type.varying

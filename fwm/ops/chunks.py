@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from fwm.errors import UserError
 from fwm.ops import recurrent
+from fwm.ops.checks import vary
 from fwm.ops.recurrent import Rule
 from fwm.ops.softmax import rows_per_block
 
@@ -131,7 +132,8 @@ def run(
     if weights is None:
         weights = jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype)
     plan = _plan(rule.chunked, (n_batch, length, n_head, n_key), weights.shape[-1], chunk_size)
-    return _run(rule, plan, weights.astype(dtype), (q, k, v, *inputs), features)
+    weights, tokens, features = vary((weights.astype(dtype), (q, k, v, *inputs), features))
+    return _run(rule, plan, weights, tokens, features)
 
 
 def mapped(features: jax.tree_util.Partial | None, x: Array) -> Array:
@@ -172,7 +174,7 @@ def _rows_forward(rule, plan, features, inputs, keep):
         weights.mT.reshape(-1, *weights.mT.shape[2:]),
         jnp.zeros((*padded[2].shape[:3], weights.shape[-1]), padded[2].dtype),
     )
-    (m, out), kept = jax.lax.scan(step, start, jnp.arange(plan.n_group))
+    (m, out), kept = jax.lax.scan(step, vary(start, tokens), jnp.arange(plan.n_group))
     return (out[:, :length], m.mT.reshape(weights.shape)), kept
 
 
@@ -211,7 +213,7 @@ def _rows_backward(rule, plan, features, inputs):
     sums = jax.tree.map(
         lambda x: jnp.zeros(x.shape, np.promote_types(np.float32, x.dtype)), features
     )
-    start = (dm, sums, tuple(jnp.zeros_like(x) for x in padded))
+    start = vary((dm, sums, tuple(jnp.zeros_like(x) for x in padded)), tokens)
     groups = jnp.arange(plan.n_group)
     (dm, dfeatures, gradients), _ = jax.lax.scan(step, start, (groups, kept), reverse=True)
     gradients = tuple(

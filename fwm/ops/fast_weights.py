@@ -29,8 +29,9 @@ class FastWeightState(NamedTuple):
 
 def _normalize_output(rule, q, k, v, inputs, state, key_sums, eps):
     """Divide the output by z_t . q_t + eps."""
-    out, weights = chunks.run(rule, q, k, v, inputs, state.weights)
-    return _divide(out, q, key_sums, eps), weights
+    wide = v.astype(key_sums.dtype)  # what is divided overflows 16 bits
+    out, weights = chunks.run(rule, q, k, wide, inputs, state.weights)
+    return _divide(out, q, key_sums, eps).astype(v.dtype), weights
 
 
 def _normalize_output_and_key(rule, q, k, v, inputs, state, key_sums, eps):
@@ -43,13 +44,13 @@ def _normalize_output_and_key(rule, q, k, v, inputs, state, key_sums, eps):
     d = jnp.sum(before * k.astype(dtype), axis=-1)
     empty = jnp.all(state.key_sum == 0, axis=-1)
     d = d.at[:, 0].set(jnp.where(empty, 1, d[:, 0]))
-    scaled = (k.astype(dtype) / (d + eps)[..., None]).astype(k.dtype)
+    scaled = k.astype(dtype) / (d + eps)[..., None]
     inputs = tuple(
-        (x.astype(dtype) * d).astype(x.dtype) if i.name == "beta" else x
+        x.astype(dtype) * d if i.name == "beta" else x
         for i, x in zip(rule.inputs, inputs, strict=True)
     )
-    out, weights = chunks.run(rule, q, scaled, v, inputs, state.weights)
-    return _divide(out, q, key_sums, eps), weights
+    out, weights = chunks.run(rule, q, scaled, v.astype(dtype), inputs, state.weights)
+    return _divide(out, q, key_sums, eps).astype(v.dtype), weights
 
 
 def _divide(out, q, key_sums, eps):
@@ -141,6 +142,9 @@ def fast_weight_attention(
             jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype),
             jnp.zeros((n_batch, n_head, n_key), dtype),
         )
+    # What is summed over tokens is kept in float32, whatever was handed in.
+    wide = lambda x: x.astype(np.promote_types(np.float32, x.dtype))
+    state = FastWeightState(wide(state.weights), wide(state.key_sum))
     normalization = ATTN_NORMALIZATIONS[attn_normalization]
     if normalization is None:
         out, weights = chunks.run(rule, q, k, v, read, state.weights, features)

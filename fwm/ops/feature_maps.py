@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from fwm.errors import UserError
@@ -72,23 +73,29 @@ def sum_normalize(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
     Where the sum is zero (an all-zero DPFP feature, NaN in the official code), result and gradient
     are zero: such a token writes nothing.
     """
-    total = jnp.sum(x, axis=-1, keepdims=True)
-    return jnp.where(total == 0, 0, x / jnp.where(total == 0, 1, total))
+    wide = x.astype(np.promote_types(np.float32, x.dtype))  # a sum in 16 bits overflows
+    total = jnp.sum(wide, axis=-1, keepdims=True)
+    return jnp.where(total == 0, 0, wide / jnp.where(total == 0, 1, total)).astype(x.dtype)
 
 
 @sum_normalize.defjvp
 def _sum_normalize_jvp(primals, tangents):
     # By hand: autodiff divides by the sum's square, which is 0 for the small features of FAVOR+.
     (x,), (dx,) = primals, tangents
+    dtype, wide = x.dtype, np.promote_types(np.float32, x.dtype)
+    x, dx = x.astype(wide), dx.astype(wide)
     out = sum_normalize(x)
     total = jnp.sum(x, axis=-1, keepdims=True)
     change = dx - out * jnp.sum(dx, axis=-1, keepdims=True)
-    return out, jnp.where(total == 0, 0, change / jnp.where(total == 0, 1, total))
+    change = jnp.where(total == 0, 0, change / jnp.where(total == 0, 1, total))
+    return out.astype(dtype), change.astype(dtype)
 
 
 def l2_normalize(x: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
     """x / sqrt(sum x^2 + 1e-6) over the last axis (Yang et al. 2024, arXiv 2406.06484)."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+    wide = x.astype(np.promote_types(np.float32, x.dtype))
+    squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(squares + 1e-6)).astype(x.dtype)
 
 
 class FeatureMap(NamedTuple):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from fwm.ops.checks import vary
 from fwm.ops.dropout import masked
 
 
@@ -16,7 +17,6 @@ def definition(scale, x, keep, w_1, b_1, w_2, b_2):
     return (y if keep is None else masked(y, keep, scale)) @ w_2 + b_2[None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def feed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
     """`definition`, with a gradient by hand.
 
@@ -24,6 +24,14 @@ def feed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
     (y > 0 says where relu and dropout let through), and XLA's CPU backend transposes those arrays
     in memory for the gradients of the matrices.
     """
+    # In float32 at least, where the gradients are sums over all tokens, and rounded only then.
+    wide = lambda w: w.astype(np.promote_types(np.float32, w.dtype))
+    parameters = (wide(w) for w in (w_1, b_1, w_2, b_2))
+    return _feed_forward(scale, *vary((x, keep, *parameters)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _feed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
     return _forward(scale, x, keep, w_1, b_1, w_2, b_2)[0]
 
 
@@ -55,15 +63,15 @@ def _backward(scale, residuals, dout):
 
     # A large batch by parts: dy is the widest array of the backward pass.
     n_part = -(-len(x) // 4096)
-    if n_part == 1 or len(x) % n_part:
+    if n_part <= 1 or len(x) % n_part:
         sums, dx = part(None, (x, y, dout))
     else:
         parts = jax.tree.map(lambda z: z.reshape(n_part, -1, z.shape[-1]), (x, y, dout))
         shapes = jax.eval_shape(lambda t: part(None, t)[0], jax.tree.map(lambda z: z[0], parts))
         zeros = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)
-        sums, dx = jax.lax.scan(part, zeros, parts)
+        sums, dx = jax.lax.scan(part, vary(zeros, parts), parts)
     dw_1, dw_2, db_1, db_2 = sums
     return dx.reshape(x.shape), None, dw_1, db_1, dw_2.T, db_2
 
 
-feed_forward.defvjp(_forward, _backward)
+_feed_forward.defvjp(_forward, _backward)

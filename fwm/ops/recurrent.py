@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fwm.errors import UserError
-from fwm.ops.checks import check
+from fwm.ops.checks import check, vary
 
 # Without a chunked form the backward pass keeps the state every so many tokens only.
 KEPT_EVERY = 16
@@ -250,6 +250,7 @@ def scan_tokens(
     dtype = np.promote_types(np.float32, v.dtype)
     if weights is None:
         weights = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype)
+    weights = vary(weights, q, k, v, inputs)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0).astype(dtype), (q, k, v, inputs))
 
     def token(w, token):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fwm.ops.checks import check
+
 # Queries per block of causal attention: a block reads no key after its last query, and its
 # scores are computed again in the backward pass instead of kept.
 _QUERY_BLOCK = 64
@@ -36,6 +38,7 @@ def causal_attention(
         dropout: applied to the weights [B, N, T, S] before they are divided by their sum, all in
             one piece.
     """
+    check("causal_attention", q=(q, "B T N H"), k=(k, "B S N H"), v=(v, "B S N H"))
     length, n_before = q.shape[1], k.shape[1] - q.shape[1]
     # Heads before time, as arrays of their own: XLA's CPU backend is three times slower at small
     # products whose batch axes lie apart.
