@@ -219,7 +219,9 @@ def defaults() -> ConfigDict:
     c.train.max_step = 500_000  # updates
     c.train.lr = 0.00025
     c.train.warmup_step = 2000  # updates of linear warmup
-    c.train.scheduler = "cosine"  # cosine, inv_sqrt, constant
+    c.train.scheduler = "cosine"  # cosine, inv_sqrt, constant, wsd (warmup, stable, decay)
+    c.train.decay_step = 0  # wsd: updates of linear decay to 0 at the end; 0: a tenth of max_step
+    c.train.weight_decay = 0.0  # AdamW's, of matrices; not of norms, biases and tables of words
     c.train.clip = 0.25  # global gradient norm; 0: no clipping
     c.train.carry_over_fast_weight = False  # the next segment starts from the last one's memory
     c.train.batch_chunk = 1  # gradient accumulation: parts that a batch is computed in
