@@ -80,8 +80,8 @@ def _describe(config: ConfigDict, text: str = "") -> str:
     m, t = config.model, config.train
     text = (text or label(config.data.name, config.data.dir)).replace(":", "-")
     learned = text if config.task == "text" else config.task
-    mixer = build_config(m.to_dict(), n_token=2**31 - 1).make_mixer()  # of any vocabulary
-    parts = [learned, *mixer.name_parts(m.mixer)]
+    model = build_config(m.to_dict(), n_token=2**31 - 1)  # of any vocabulary
+    parts = [learned, *model.name_parts()]
     parts += [m.norm] * (m.norm != "post") + ["nopos"] * m.no_pos
     parts += ["carry"] * t.carry_over_fast_weight + [f"mem{m.mem_len}"] * bool(m.mem_len)
     parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]
