@@ -273,7 +273,13 @@ def defaults() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.name = "embedded"  # embedded, wikitext103, wikitext2, enwik8, text8, ptb, lm1b, tfds:...
-    c.data.dir = ""  # folder with the text: train.txt ... or wiki.train.tokens ...
+    c.data.dir = (
+        ""  # folder with the text: train.txt ..., wiki.train.tokens ..., files of documents
+    )
+    c.data.file = ""  # or one file with the text, to be split 90/5/5 by place
+    c.data.tokenizer = ""  # words, characters, bpe; "": words, in enwik8 and text8 characters
+    c.data.vocab_size = 0  # of bpe, subwords, its 256 bytes among them; 0: 8192
+    c.data.field = "text"  # of .jsonl, .parquet and saved data sets: which has the text
     c.data.cache_dir = "~/.cache/fwm"  # where the encoded text is kept
     c.data.download = False  # fetch a known dataset that is not there (asks TFDS)
 
