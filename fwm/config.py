@@ -273,7 +273,13 @@ def defaults() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.name = "embedded"  # embedded, wikitext103, wikitext2, enwik8, text8, ptb, lm1b, tfds:...
-    c.data.dir = ""  # folder with the text: train.txt ... or wiki.train.tokens ...
+    c.data.dir = (
+        ""  # folder with the text: train.txt ..., wiki.train.tokens ..., files of documents
+    )
+    c.data.file = ""  # or one file with the text, to be split 90/5/5 by place
+    c.data.tokenizer = ""  # words, characters, bpe; "": words, in enwik8 and text8 characters
+    c.data.vocab_size = 0  # of bpe, subwords, its 256 bytes among them; 0: 8192
+    c.data.field = "text"  # of .jsonl, .parquet and saved data sets: which has the text
     c.data.cache_dir = "~/.cache/fwm"  # where the encoded text is kept
     c.data.download = False  # fetch a known dataset that is not there (asks TFDS)
 
@@ -286,7 +292,9 @@ def defaults() -> ConfigDict:
     c.train.max_step = 500_000  # updates
     c.train.lr = 0.00025
     c.train.warmup_step = 2000  # updates of linear warmup
-    c.train.scheduler = "cosine"  # cosine, inv_sqrt, constant
+    c.train.scheduler = "cosine"  # cosine, inv_sqrt, constant, wsd (warmup, stable, decay)
+    c.train.decay_step = 0  # wsd: updates of linear decay to 0 at the end; 0: a tenth of max_step
+    c.train.weight_decay = 0.0  # AdamW's, of matrices; not of norms, biases and tables of words
     c.train.clip = 0.25  # global gradient norm; 0: no clipping
     c.train.carry_over_fast_weight = False  # the next segment starts from the last one's memory
     c.train.batch_chunk = 1  # gradient accumulation: parts that a batch is computed in

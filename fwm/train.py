@@ -48,7 +48,7 @@ __all__ = ["Batch", "Run", "TrainState", "init_state", "prepare", "run", "train_
 
 # What each of several processes may have for itself. When they validate they must agree on.
 OWN_FIELDS = (
-    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
+    "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
     "train.profile_steps", "registered_in",
 )  # fmt: skip
 
@@ -170,12 +170,12 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
     with ExitStack() as held:
         with parallel.together():
             _check(config)
-            schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
+            schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step, t.decay_step)
             task = TASKS[c.task](config, ("train", "valid"))
             # Both refuse what does not fit.
             task.batch(0, parallel.rows(t.batch_size))
             model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
-            optimizer = adam(schedule, t.clip)
+            optimizer = adam(schedule, t.clip, t.weight_decay)
             if first:
                 held.enter_context(lock_workdir(workdir))
                 resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
@@ -250,8 +250,11 @@ def _check(config: Any) -> None:
             raise UserError(f"config.train.{name} must be at least 1, got {t[name]}.")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed must be 0 or more and below 2**32, got {config.seed}.")
-    if t.clip < 0:
-        raise UserError(f"config.train.clip must be 0 (no clipping) or more, got {t.clip}.")
+    for name, off in (
+        ("clip", "no clipping"), ("weight_decay", "none"), ("decay_step", "a tenth of max_step"),
+    ):  # fmt: skip
+        if not t[name] >= 0:
+            raise UserError(f"config.train.{name} must be 0 ({off}) or more, got {t[name]}.")
     if t.nan_policy not in ("stop", "skip"):
         raise UserError(
             f"unknown config.train.nan_policy {t.nan_policy!r}: expected one of stop, skip."
