@@ -19,8 +19,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fwm.errors import UserError
+from fwm.files import flatten
 from fwm.layers import MIXERS, Mixer
 from fwm.layers.blocks import NORMS
+
+from fwm.limits import (  # isort: skip
+    CHECKPOINT, CHECKPOINTS, INT32, PROBABILITY, SEED, SIZE, STEPS, Kind, number, of_type, one_of,
+    several, whole,
+)  # fmt: skip
+from fwm.optimizer import SCHEDULES
 
 DTYPES = ("float32", "bfloat16")
 
@@ -65,7 +72,12 @@ class ModelConfig:
                 f"unknown key {', '.join(unknown)} of a model: expected some of "
                 f"{', '.join(model_keys())}."
             )
+        SIZE.check("n_token", n_token)
         values = model_keys() | keys | {"n_token": n_token}
+        for key, kind in limits().items():
+            group, _, name = key.rpartition(".")
+            if group == "model":
+                kind.check(name, values[name])
         for name in ("cutoffs", "tie_projs"):
             values[name] = tuple(values[name])
         if values["d_embed"] == 0:
@@ -85,24 +97,10 @@ class ModelConfig:
         return pairs[name]
 
     def _check(self, values: Mapping[str, Any]) -> None:
-        for name, default in model_keys().items():
-            value, kind = values[name], type(default)
-            if not (type(value) is kind or (kind is float and type(value) is int)):
-                raise UserError(f"{name} must be {kind.__name__}, as {default!r}, got {value!r}.")
-        for name, valid in (("mixer", MIXERS), ("norm", NORMS), ("dtype", DTYPES)):
-            if values[name] not in valid:
-                raise UserError(
-                    f"unknown {name} {values[name]!r}: expected one of {', '.join(valid)}."
-                )
-        for name in ("n_token", "d_model", "n_head", "d_head", "d_inner", "n_layer", "d_embed",
-                     "div_val"):  # fmt: skip
-            if values[name] < 1:
-                raise UserError(f"{name} must be at least 1, got {values[name]}.")
-        for name in ("dropout", "dropatt"):
-            if not 0.0 <= values[name] < 1.0:
-                raise UserError(f"{name} must be at least 0 and below 1, got {values[name]}.")
-        if not all(type(c) is int for c in self.cutoffs):
-            raise UserError(f"cutoffs must be integers, got {self.cutoffs}.")
+        if values["mixer"] not in MIXERS:
+            raise UserError(
+                f"unknown mixer {values['mixer']!r}: expected one of {', '.join(MIXERS)}."
+            )
         if any(a >= b for a, b in itertools.pairwise((0, *self.cutoffs, self.n_token))):
             raise UserError(
                 f"cutoffs {self.cutoffs} must rise from above 0 and stay below the vocabulary's "
@@ -112,6 +110,11 @@ class ModelConfig:
             raise UserError(
                 f"tie_projs needs one entry for each of the {len(self.cutoffs) + 1} clusters, "
                 f"got {len(self.tie_projs)}."
+            )
+        if self.d_embed < self.div_val ** len(self.cutoffs):
+            raise UserError(
+                f"div_val {self.div_val} leaves no width of d_embed {self.d_embed} for the last of "
+                f"{len(self.cutoffs) + 1} clusters: make d_embed larger or div_val smaller."
             )
         if self.d_model % 2:
             raise UserError(f"d_model must be even for sinusoidal positions, got {self.d_model}.")
@@ -194,7 +197,8 @@ def build_config(fields: Mapping[str, Any], n_token: int) -> ModelConfig:
     Cutoffs beyond the vocabulary have no words to cut and are left out, so that a preset made
     for WikiText-103 also runs on a smaller text.
     """
-    cutoffs = tuple(c for c in fields["cutoffs"] if type(c) is not int or c < n_token)
+    LIMITS["model.cutoffs"].check("cutoffs", fields.get("cutoffs", ()))
+    cutoffs = tuple(c for c in fields.get("cutoffs", ()) if c < n_token)
     return ModelConfig(n_token, **{**fields, "cutoffs": cutoffs})
 
 
@@ -251,6 +255,100 @@ def defaults() -> ConfigDict:
     c.report.project_name = "fwm"
     c.report.job_name = ""  # "": made from the hyper-parameters
     return c
+
+
+# What a value may be, where the type of its default does not say it all. Names in a table of fwm's
+# (mixers, rules, tasks, ...) are looked up there, and a mixer has the limits of its own keys.
+LIMITS: dict[str, Kind] = {
+    "seed": SEED,
+    "model.norm": one_of(NORMS),
+    "model.d_model": SIZE,
+    "model.n_head": SIZE,
+    "model.d_head": SIZE,
+    "model.d_inner": SIZE,
+    "model.n_layer": whole(1, 10_000),
+    "model.d_embed": whole(0),
+    "model.dropout": PROBABILITY,
+    "model.clamp_len": whole(-1),
+    "model.cutoffs": several(SIZE, "ranks of words"),
+    "model.div_val": SIZE,
+    "model.tie_projs": several(of_type(bool), "True and False"),
+    "model.dtype": one_of(DTYPES),
+    "train.batch_size": SIZE,
+    "train.tgt_len": SIZE,
+    "train.max_step": SIZE,
+    "train.lr": number("above 0", lambda x: x > 0),
+    "train.warmup_step": whole(0),
+    "train.scheduler": one_of(SCHEDULES),
+    "train.clip": number("of at least 0 (no clipping)", lambda x: x >= 0),
+    "train.batch_chunk": SIZE,
+    "train.eval_interval": SIZE,
+    "train.eval_batch_size": SIZE,
+    "train.log_interval": SIZE,
+    "train.nan_policy": one_of(("stop", "skip")),
+    "train.profile_steps": STEPS,
+    "eval.batch_size": whole(0),
+    "eval.tgt_len": whole(0),
+    "eval.stride": SIZE,
+    "eval.checkpoint": CHECKPOINTS,
+    "eval.mem_len": whole(0),
+    "eval.clamp_len": whole(0),
+    "generate.checkpoint": CHECKPOINT,
+    "generate.max_new_tokens": whole(0),
+    "generate.temperature": number("of at least 0 (no chance)", lambda x: x >= 0),
+    "generate.top_k": whole(0),
+    "generate.top_p": number("above 0 and at most 1 (all words)", lambda x: 0 < x <= 1),
+    "generate.seed": SEED,
+}
+
+
+def limits() -> dict[str, Kind]:
+    """What every key may be, by its dotted name."""
+    own = {
+        f"model.{name}": kind for mixer in MIXERS.values() for name, kind in mixer.limits.items()
+    }
+    return {
+        key: LIMITS.get(key) or own.get(key) or of_type(type(default))
+        for key, default in flatten(defaults().to_dict()).items()
+    }
+
+
+def check(settings: Mapping[str, Any], where: str = "config.") -> None:
+    """Refuse settings that training or evaluation could not use, each by itself and together.
+
+    Args:
+        settings: all keys with their values, in groups or dotted.
+        where: what a sentence has before a key: who reads it must know where to look.
+
+    Raises:
+        UserError: a key is missing, unknown, of another type or out of range, or some have no
+            meaning together.
+    """
+    flat, kinds = flatten(settings), limits()
+    for what, keys in (("lacks", kinds.keys() - flat), ("has unknown keys:", flat.keys() - kinds)):
+        if keys:
+            raise UserError(
+                f"a config {what} {', '.join(sorted(keys)[:5])}{', ...' * (len(keys) > 5)}: "
+                "expected every key of fwm/config.py and no other, so begin with "
+                "fwm.config.build() and change values."
+            )
+    for key, kind in kinds.items():
+        kind.check(where + key, flat[key])
+    group = lambda name: {k.removeprefix(name): v for k, v in flat.items() if k.startswith(name)}
+    model = evaluated(group("model."), group("eval."), INT32)
+    model.carries(flat["train.carry_over_fast_weight"])
+    if flat["eval.split_stream"] and not flat["eval.batch_size"]:
+        raise UserError(
+            f"{where}eval.split_stream needs {where}eval.batch_size, the number of rows: set it to "
+            "1 or more."
+        )
+
+
+def evaluated(model: Mapping[str, Any], eval: Mapping[str, Any], n_token: int) -> ModelConfig:
+    """`build_config` of a model as it reads after training, where the group `eval` changes it."""
+    build_config(model, n_token)
+    changes = {name: eval[name] for name in ("mem_len", "clamp_len") if eval[name] > 0}
+    return build_config({**model, **changes}, n_token)
 
 
 # What the presets change. `small` and `medium` are the paper's (WikiText-103); `tiny` trains in

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fwm.errors import UserError
+from fwm.files import write_text
 
 EOS = "<eos>"
 UNK = "<unk>"
@@ -61,13 +62,7 @@ class Vocabulary:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one symbol per line, atomically."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(self.text())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(Path(path), self.text())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
