@@ -10,196 +10,35 @@ needs is declared, with its default, where the mixer is.
 """
 
 import ast
-import dataclasses
-import itertools
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from fwm.errors import UserError
 from fwm.files import flatten
-from fwm.layers import MIXERS, Mixer
-from fwm.layers.blocks import NORMS
+from fwm.limits import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    INT32,
+    SEED,
+    SIZE,
+    STEPS,
+    Kind,
+    number,
+    of_type,
+    one_of,
+    whole,
+)
 
-from fwm.limits import (  # isort: skip
-    CHECKPOINT, CHECKPOINTS, INT32, PROBABILITY, SEED, SIZE, STEPS, Kind, number, of_type, one_of,
-    several, whole,
+from fwm.model_config import (  # isort: skip
+    ModelConfig, build_config, make_mixer, mixer_pattern, model_keys, model_limits,
 )  # fmt: skip
 from fwm.optimizer import SCHEDULES
 
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True, init=False)
-class ModelConfig:
-    """What a model is made of: `ModelConfig(n_token=1000, mixer="softmax", d_model=64)`.
-
-    The official toolkit's option names where it has them. Keys of mixers are given, and read, like
-    all others: `ModelConfig(n_token=1000, dpfp_n_roll=3).dpfp_n_roll`.
-
-    Raises:
-        UserError: an unknown key or name, a value of another type or out of range, or a
-            combination without meaning.
-    """
-
-    n_token: int
-    mixer: str = "fast_weight"  # fast_weight, softmax, transformer_xl
-    norm: str = "post"  # post, pre, pre_lnorm (the official toolkit's)
-    no_pos: bool = False  # leave the absolute positions out
-    d_model: int = 128  # width of the residual stream
-    n_head: int = 8
-    d_head: int = 16  # width of a head, before the feature map
-    d_inner: int = 2048  # width inside the feed-forward part
-    n_layer: int = 16
-    d_embed: int = 0  # width of the word embedding; 0: d_model
-    dropout: float = 0.0  # probability
-    clamp_len: int = -1  # largest position; -1: none
-    cutoffs: tuple[int, ...] = ()  # word ranks where the clusters of the adaptive softmax begin
-    div_val: int = 1  # each cluster's embedding is narrower by this factor
-    tie_weight: bool = True  # one table for embedding and softmax
-    tie_projs: tuple[bool, ...] = ()  # by cluster; (): all but the first
-    dtype: str = "float32"  # float32, bfloat16: of computing; parameters stay float32
-    mixer_keys: tuple[tuple[str, Any], ...] = ()  # those of the mixers, as pairs
-
-    def __init__(self, n_token: int, **keys: Any):
-        own = mixer_keys()
-        keys = dict(keys.pop("mixer_keys", ())) | keys
-        unknown = sorted(keys.keys() - model_keys().keys())
-        if unknown:
-            raise UserError(
-                f"unknown key {', '.join(unknown)} of a model: expected some of "
-                f"{', '.join(model_keys())}."
-            )
-        SIZE.check("n_token", n_token)
-        values = model_keys() | keys | {"n_token": n_token}
-        for key, kind in limits().items():
-            group, _, name = key.rpartition(".")
-            if group == "model":
-                kind.check(name, values[name])
-        for name in ("cutoffs", "tie_projs"):
-            values[name] = tuple(values[name])
-        if values["d_embed"] == 0:
-            values["d_embed"] = values["d_model"]
-        if not values["tie_projs"]:
-            values["tie_projs"] = (False, *(True for _ in values["cutoffs"]))
-        for name, value in values.items():
-            if name not in own:
-                object.__setattr__(self, name, value)
-        object.__setattr__(self, "mixer_keys", tuple((name, values[name]) for name in own))
-        self._check(values)
-
-    def __getattr__(self, name: str) -> Any:
-        pairs = dict(self.__dict__.get("mixer_keys", ()))
-        if name not in pairs:
-            raise AttributeError(f"ModelConfig has no key {name!r}.")
-        return pairs[name]
-
-    def _check(self, values: Mapping[str, Any]) -> None:
-        if values["mixer"] not in MIXERS:
-            raise UserError(
-                f"unknown mixer {values['mixer']!r}: expected one of {', '.join(MIXERS)}."
-            )
-        if any(a >= b for a, b in itertools.pairwise((0, *self.cutoffs, self.n_token))):
-            raise UserError(
-                f"cutoffs {self.cutoffs} must rise from above 0 and stay below the vocabulary's "
-                f"{self.n_token} entries."
-            )
-        if len(self.tie_projs) != len(self.cutoffs) + 1:
-            raise UserError(
-                f"tie_projs needs one entry for each of the {len(self.cutoffs) + 1} clusters, "
-                f"got {len(self.tie_projs)}."
-            )
-        if self.d_embed < self.div_val ** len(self.cutoffs):
-            raise UserError(
-                f"div_val {self.div_val} leaves no width of d_embed {self.d_embed} for the last of "
-                f"{len(self.cutoffs) + 1} clusters: make d_embed larger or div_val smaller."
-            )
-        if self.d_model % 2:
-            raise UserError(f"d_model must be even for sinusoidal positions, got {self.d_model}.")
-        kind = MIXERS[self.mixer]
-        if self.no_pos and not kind.adds_positions:
-            raise UserError(f"no_pos has no meaning for {self.mixer}, which has its own positions.")
-        read = _fields(kind)
-        for name, default in mixer_keys().items():
-            # A key that switches something on, and nothing that would read it.
-            if not default and values[name] and name not in read:
-                owners = ", ".join(mixer for mixer, k in MIXERS.items() if name in _fields(k))
-                raise UserError(
-                    f"{name} has no meaning for {self.mixer}, it is a key of {owners}: leave it at "
-                    f"{default!r}."
-                )
-        self.make_mixer().check()
-
-    def make_mixer(self) -> Mixer:
-        """The mixer of a layer, with the keys that it declares."""
-        kind = MIXERS[self.mixer]
-        return kind(**{name: getattr(self, name) for name in _fields(kind)}, parent=None)
-
-    def carries(self, asked: bool) -> bool:
-        """Whether a run takes the memory from segment to segment.
-
-        Args:
-            asked: `train.carry_over_fast_weight`.
-
-        Raises:
-            UserError: it is asked for and has no meaning for the mixer.
-        """
-        carries = MIXERS[self.mixer].carries
-        if asked and carries != "asked":
-            raise UserError(f"carry_over_fast_weight has no meaning for {self.mixer}.")
-        return carries == "always" or asked
-
-    @property
-    def carries_memory(self) -> bool:
-        """Whether `LanguageModel` returns a memory that the next segment can start from."""
-        return MIXERS[self.mixer].carries != "never"
-
-
-def _fields(kind: type) -> dict[str, Any]:
-    """The fields that a mixer declares, with their defaults."""
-    return {f.name: f.default for f in dataclasses.fields(kind) if f.name not in ("parent", "name")}
-
-
-def mixer_keys() -> dict[str, Any]:
-    """The keys that mixers declare beside those of every model, with their defaults.
-
-    Raises:
-        UserError: one has no default, or two mixers give it different ones.
-    """
-    common = {f.name for f in dataclasses.fields(ModelConfig)}
-    keys: dict[str, Any] = {}
-    for name, kind in MIXERS.items():
-        for key, default in _fields(kind).items():
-            if key in common:
-                continue
-            if default is dataclasses.MISSING:
-                raise UserError(f"the mixer {name} declares {key} without a default: give it one.")
-            if keys.setdefault(key, default) != default:
-                raise UserError(
-                    f"the mixer {name} declares {key} with the default {default!r}, and another "
-                    f"one with {keys[key]!r}: choose another name or the same default."
-                )
-    return keys
-
-
-def model_keys() -> dict[str, Any]:
-    """All keys of the group `model`, with their defaults."""
-    common = dataclasses.fields(ModelConfig)
-    keys = {f.name: f.default for f in common if f.name not in ("n_token", "mixer_keys")}
-    return keys | mixer_keys()
-
-
-def build_config(fields: Mapping[str, Any], n_token: int) -> ModelConfig:
-    """`ModelConfig` of a config's `model` group for a vocabulary of `n_token` words.
-
-    Cutoffs beyond the vocabulary have no words to cut and are left out, so that a preset made
-    for WikiText-103 also runs on a smaller text.
-    """
-    LIMITS["model.cutoffs"].check("cutoffs", fields.get("cutoffs", ()))
-    cutoffs = tuple(c for c in fields.get("cutoffs", ()) if c < n_token)
-    return ModelConfig(n_token, **{**fields, "cutoffs": cutoffs})
+__all__ = ["ModelConfig", "build", "build_config", "check", "defaults", "model_keys"]
 
 
 def defaults() -> ConfigDict:
@@ -211,11 +50,18 @@ def defaults() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.name = "embedded"  # embedded, wikitext103, wikitext2, enwik8, text8, ptb, lm1b, tfds:...
-    c.data.dir = ""  # folder with the text: train.txt ... or wiki.train.tokens ...
+    c.data.dir = (
+        ""  # folder with the text: train.txt ..., wiki.train.tokens ..., files of documents
+    )
+    c.data.file = ""  # or one file with the text, to be split 90/5/5 by place
+    c.data.tokenizer = ""  # words, characters, bpe; "": words, in enwik8 and text8 characters
+    c.data.vocab_size = 0  # of bpe, subwords, its 256 bytes among them; 0: 8192
+    c.data.field = "text"  # of .jsonl, .parquet and saved data sets: which has the text
     c.data.cache_dir = "~/.cache/fwm"  # where the encoded text is kept
     c.data.download = False  # fetch a known dataset that is not there (asks TFDS)
 
-    c.model = ConfigDict(model_keys())
+    # Of any type: a name or a tuple of them.
+    c.model = ConfigDict(model_keys() | {"mixer": FieldReference("fast_weight", field_type=object)})
 
     c.train = ConfigDict()
     c.train.batch_size = 96  # rows, over all devices
@@ -223,7 +69,9 @@ def defaults() -> ConfigDict:
     c.train.max_step = 500_000  # updates
     c.train.lr = 0.00025
     c.train.warmup_step = 2000  # updates of linear warmup
-    c.train.scheduler = "cosine"  # cosine, inv_sqrt, constant
+    c.train.scheduler = "cosine"  # cosine, inv_sqrt, constant, wsd (warmup, stable, decay)
+    c.train.decay_step = 0  # wsd: updates of linear decay to 0 at the end; 0: a tenth of max_step
+    c.train.weight_decay = 0.0  # AdamW's, of matrices; not of norms, biases and tables of words
     c.train.clip = 0.25  # global gradient norm; 0: no clipping
     c.train.carry_over_fast_weight = False  # the next segment starts from the last one's memory
     c.train.batch_chunk = 1  # gradient accumulation: parts that a batch is computed in
@@ -257,29 +105,18 @@ def defaults() -> ConfigDict:
     return c
 
 
-# What a value may be, where the type of its default does not say it all. Names in a table of fwm's
-# (mixers, rules, tasks, ...) are looked up there, and a mixer has the limits of its own keys.
+# What a value may be, where the type of its default does not say it all.
 LIMITS: dict[str, Kind] = {
     "seed": SEED,
-    "model.norm": one_of(NORMS),
-    "model.d_model": SIZE,
-    "model.n_head": SIZE,
-    "model.d_head": SIZE,
-    "model.d_inner": SIZE,
-    "model.n_layer": whole(1, 10_000),
-    "model.d_embed": whole(0),
-    "model.dropout": PROBABILITY,
-    "model.clamp_len": whole(-1),
-    "model.cutoffs": several(SIZE, "ranks of words"),
-    "model.div_val": SIZE,
-    "model.tie_projs": several(of_type(bool), "True and False"),
-    "model.dtype": one_of(DTYPES),
+    "data.vocab_size": whole(0),
     "train.batch_size": SIZE,
     "train.tgt_len": SIZE,
     "train.max_step": SIZE,
     "train.lr": number("above 0", lambda x: x > 0),
     "train.warmup_step": whole(0),
     "train.scheduler": one_of(SCHEDULES),
+    "train.decay_step": whole(0),
+    "train.weight_decay": number("of at least 0", lambda x: x >= 0),
     "train.clip": number("of at least 0 (no clipping)", lambda x: x >= 0),
     "train.batch_chunk": SIZE,
     "train.eval_interval": SIZE,
@@ -304,13 +141,9 @@ LIMITS: dict[str, Kind] = {
 
 def limits() -> dict[str, Kind]:
     """What every key may be, by its dotted name."""
-    own = {
-        f"model.{name}": kind for mixer in MIXERS.values() for name, kind in mixer.limits.items()
-    }
-    return {
-        key: LIMITS.get(key) or own.get(key) or of_type(type(default))
-        for key, default in flatten(defaults().to_dict()).items()
-    }
+    model = {f"model.{name}": kind for name, kind in model_limits().items() if name != "n_token"}
+    typed = {key: of_type(type(x)) for key, x in flatten(defaults().to_dict()).items()}
+    return typed | model | LIMITS
 
 
 def check(settings: Mapping[str, Any], where: str = "config.") -> None:
@@ -408,27 +241,28 @@ def build(
 
 
 def _apply(config: ConfigDict, option: str) -> None:
-    mixer = MIXERS[config.model.mixer]
     name, equals, value = option.partition("=")
     if equals:
         if name not in config.model:
             raise UserError(
                 f"unknown option {name!r}: expected a key of model ({', '.join(config.model)})."
             )
-        old = config.model[name]
-        try:
-            new = value if isinstance(old, str) else ast.literal_eval(value)
-            config.model[name] = new
-        except (ValueError, SyntaxError, TypeError):
-            raise UserError(
-                f"option {option!r}: expected a {type(old).__name__} such as {old!r}."
-            ) from None
+        default, new = model_keys()[name], value
+        if not isinstance(default, str) or value.startswith("("):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):  # The check says it best.
+                new = ast.literal_eval(value)
+        model_limits()[name].check(f"model.{name}", new)
+        config.model[name] = tuple(new) if isinstance(new, list) else new
         return
+    pattern, keys = mixer_pattern(config.model.mixer), config.model.to_dict()
+    mixers = [make_mixer(mixer, keys) for mixer in pattern]
     # What each option is for: whether it has a meaning.
     meaning = {
-        "no_pos": mixer.adds_positions,
-        "skip_attn_normalization": "attn_normalization" in _fields(mixer),
-        "carry_over_fast_weight": mixer.carries == "asked",
+        "no_pos": all(mixer.adds_positions for mixer in mixers),
+        "skip_attn_normalization": any(
+            "attn_normalization" in mixer_fields(type(m)) for m in mixers
+        ),
+        "carry_over_fast_weight": all(mixer.carries == "asked" for mixer in mixers),
     }
     if name not in meaning:
         raise UserError(
@@ -436,7 +270,7 @@ def _apply(config: ConfigDict, option: str) -> None:
             "carry_over_fast_weight or key=value for a key of model."
         )
     if not meaning[name]:
-        raise UserError(f"{name} has no meaning for {config.model.mixer}.")
+        raise UserError(f"{name} has no meaning for {' and '.join(dict.fromkeys(pattern))}.")
     if name == "skip_attn_normalization":
         config.model.attn_normalization = "none"
     else:

@@ -49,7 +49,7 @@ __all__ = ["Batch", "Run", "TrainState", "init_state", "prepare", "run", "train_
 
 # What each of several processes may have for itself. When they validate they must agree on.
 OWN_FIELDS = (
-    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
+    "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
     "train.profile_steps", "registered_in",
 )  # fmt: skip
 
@@ -171,12 +171,12 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
     with ExitStack() as held:
         with parallel.together():
             _check(config)
-            schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
+            schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step, t.decay_step)
             task = TASKS[c.task](config, ("train", "valid"))
             # Both refuse what does not fit.
             task.batch(0, parallel.rows(t.batch_size))
             model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
-            optimizer = adam(schedule, t.clip)
+            optimizer = adam(schedule, t.clip, t.weight_decay)
             if first:
                 held.enter_context(lock_workdir(workdir))
                 resume = Checkpoints(workdir / "checkpoints").latest_step() is not None

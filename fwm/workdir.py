@@ -27,9 +27,9 @@ from fwm.terminal import say
 # What may differ when a run is resumed: where things are, what is reported, and what another
 # machine may need; none of it changes what the run is about.
 FREE_FIELDS = (
-    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.", "model.dtype",
-    "train.batch_chunk", "train.eval_batch_size", "train.nan_policy", "train.profile_steps",
-    "train.eval_interval", "train.log_interval", "registered_in",
+    "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
+    "model.dtype", "train.batch_chunk", "train.eval_batch_size", "train.nan_policy",
+    "train.profile_steps", "train.eval_interval", "train.log_interval", "registered_in",
 )  # fmt: skip
 # What an evaluation may change; everything else is the run's own.
 EVALUATION_FIELDS = ("data.", "eval.", "generate.", "report.", "model.dtype")
@@ -167,6 +167,8 @@ def config_of_run(workdir: Path, overrides: Mapping[str, Any]) -> ConfigDict:
                 f"an evaluation, which may change {', '.join(EVALUATION_FIELDS)}."
             )
     config = _read_config(workdir)
+    if overrides.keys() & {"data.dir", "data.file"}:  # Another text instead of the run's own.
+        config.data.dir = config.data.file = ""
     config.update_from_flattened_dict(overrides)
     return config.lock()
 

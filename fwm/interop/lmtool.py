@@ -237,7 +237,7 @@ def _vocabulary(c: ModelConfig) -> Iterator[Entry]:
 
 def _outside_layers(c: ModelConfig) -> Iterator[Entry]:
     yield from _vocabulary(c)
-    for name in c.make_mixer().shared_shapes():
+    for name in c.make_mixers()[0].shared_shapes():
         yield _same(name, name)
 
 

@@ -74,7 +74,6 @@ class Mixer(nn.Module):
         UserError: (where it is made) a field of another type or out of range, or `check`'s.
     """
 
-    carries: ClassVar[Literal["never", "asked", "always"]] = "never"
     adds_positions: ClassVar[bool] = True
     limits: ClassVar[Mapping[str, Kind]] = MappingProxyType({})
 
@@ -100,6 +99,11 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Array, "B _ D"], Any]:
         """See the class."""
         raise NotImplementedError
+
+    @property
+    def carries(self) -> Literal["never", "asked", "always"]:
+        """See the class."""
+        return "never"
 
     @property
     def norms_itself(self) -> bool:
