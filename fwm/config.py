@@ -23,6 +23,8 @@ from fwm.limits import (
     CHECKPOINT,
     CHECKPOINTS,
     INT32,
+    NOT_NEGATIVE,
+    RATE,
     SEED,
     SIZE,
     STEPS,
@@ -112,12 +114,12 @@ LIMITS: dict[str, Kind] = {
     "train.batch_size": SIZE,
     "train.tgt_len": SIZE,
     "train.max_step": SIZE,
-    "train.lr": number("above 0", lambda x: x > 0),
+    "train.lr": RATE,
     "train.warmup_step": whole(0),
     "train.scheduler": one_of(SCHEDULES),
     "train.decay_step": whole(0),
-    "train.weight_decay": number("of at least 0", lambda x: x >= 0),
-    "train.clip": number("of at least 0 (no clipping)", lambda x: x >= 0),
+    "train.weight_decay": NOT_NEGATIVE,
+    "train.clip": NOT_NEGATIVE,
     "train.batch_chunk": SIZE,
     "train.eval_interval": SIZE,
     "train.eval_batch_size": SIZE,
@@ -132,7 +134,7 @@ LIMITS: dict[str, Kind] = {
     "eval.clamp_len": whole(0),
     "generate.checkpoint": CHECKPOINT,
     "generate.max_new_tokens": whole(0),
-    "generate.temperature": number("of at least 0 (no chance)", lambda x: x >= 0),
+    "generate.temperature": NOT_NEGATIVE,
     "generate.top_k": whole(0),
     "generate.top_p": number("above 0 and at most 1 (all words)", lambda x: 0 < x <= 1),
     "generate.seed": SEED,
@@ -170,6 +172,11 @@ def check(settings: Mapping[str, Any], where: str = "config.") -> None:
     group = lambda name: {k.removeprefix(name): v for k, v in flat.items() if k.startswith(name)}
     model = evaluated(group("model."), group("eval."), INT32)
     model.carries(flat["train.carry_over_fast_weight"])
+    if flat["eval.stride"] > (window := flat["eval.tgt_len"] or flat["train.tgt_len"]):
+        raise UserError(
+            f"{where}eval.stride must lie between 1 and the window of {window}, got "
+            f"{flat['eval.stride']}."
+        )
     if flat["eval.split_stream"] and not flat["eval.batch_size"]:
         raise UserError(
             f"{where}eval.split_stream needs {where}eval.batch_size, the number of rows: set it to "
@@ -259,9 +266,7 @@ def _apply(config: ConfigDict, option: str) -> None:
     # What each option is for: whether it has a meaning.
     meaning = {
         "no_pos": all(mixer.adds_positions for mixer in mixers),
-        "skip_attn_normalization": any(
-            "attn_normalization" in mixer_fields(type(m)) for m in mixers
-        ),
+        "skip_attn_normalization": any(hasattr(m, "attn_normalization") for m in mixers),
         "carry_over_fast_weight": all(mixer.carries == "asked" for mixer in mixers),
     }
     if name not in meaning:

@@ -6,7 +6,6 @@ raises "config.train.tgt_len must be a whole number of at least 1, got 0."
 """
 
 import dataclasses
-import math
 import numbers
 import reprlib
 from collections.abc import Callable, Collection
@@ -44,7 +43,9 @@ def whole(low: int, high: int = INT32) -> Kind:
 
 def number(which: str, fits: Callable[[Any], bool]) -> Kind:
     """Finite numbers that are `which`, as in "above 0"."""
-    real = lambda x: isinstance(x, numbers.Real) and type(x) is not bool and math.isfinite(x)
+    real = lambda x: (
+        isinstance(x, numbers.Real) and type(x) is not bool and -LARGEST <= x <= LARGEST
+    )
     return Kind(f"a number {which}", lambda x: real(x) and fits(x))
 
 
@@ -65,6 +66,8 @@ FLAG = Kind("True or False", lambda x: type(x) is bool)
 TEXT = Kind("text without NUL", lambda x: isinstance(x, str) and "\0" not in x)
 # Nearer to 1 all is dropped: dropout meets its rate to 2^-16.
 PROBABILITY = number("of at least 0 and at most 0.9999", lambda x: 0 <= x <= 0.9999)
+RATE = number("above 0", lambda x: x > 0)
+NOT_NEGATIVE = number("of at least 0", lambda x: x >= 0)
 SEED = whole(0, 2**32 - 1)
 SIZE = whole(1)
 CHECKPOINT = Kind(

@@ -11,13 +11,14 @@ from typing import Any
 from fwm.errors import UserError
 from fwm.layers import MIXERS, Mixer
 from fwm.layers.blocks import NORMS
-from fwm.limits import PROBABILITY, SIZE, TEXT, Kind, of_type, one_of, several, whole
+from fwm.layers.mixer import COMMON
+from fwm.limits import SIZE, TEXT, Kind, of_type, one_of, several, whole
 
 DTYPES = ("float32", "bfloat16")
 
 
-# What a key may be, where the type of its default does not say it all; names of mixers and of what
-# they choose are looked up in their tables.
+# What a key may be, where the type of its default does not say it all. A mixer has those of its own
+# keys, and names in a table (of mixers, rules, ...) are looked up there.
 LIMITS: dict[str, Kind] = {
     "n_token": SIZE,
     "mixer": Kind(
@@ -27,13 +28,9 @@ LIMITS: dict[str, Kind] = {
     ),
     "norm": one_of(NORMS),
     "d_model": SIZE,
-    "n_head": SIZE,
-    "d_head": SIZE,
     "d_inner": SIZE,
     "n_layer": whole(1, 10_000),
     "d_embed": whole(0),
-    "dropout": PROBABILITY,
-    "clamp_len": whole(-1),
     "cutoffs": several(SIZE, "ranks of words"),
     "div_val": SIZE,
     "tie_projs": several(of_type(bool), "True and False"),
@@ -250,7 +247,9 @@ def model_keys() -> dict[str, Any]:
 def model_limits() -> dict[str, Kind]:
     """What every key of the group `model`, and `n_token`, may be."""
     own = {name: kind for mixer in MIXERS.values() for name, kind in mixer.limits.items()}
-    typed = {name: of_type(type(default)) for name, default in model_keys().items()}
+    typed = {
+        name: COMMON.get(name) or of_type(type(default)) for name, default in model_keys().items()
+    }
     return typed | own | LIMITS
 
 

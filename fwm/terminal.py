@@ -4,12 +4,12 @@ import contextlib
 import os
 import sys
 import weakref
-from typing import Any, TextIO
+from typing import Any
 
 _given_up: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def say(text: str = "", stream: TextIO | None = None, end: str = "\n") -> None:
+def say(text: str = "", stream: Any = None, end: str = "\n") -> None:
     """Print to a stream, standard output if None, at once.
 
     Where that fails (a pipe that nobody reads, a full disk) the stream is given up: what is said

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from fwm.errors import UserError
 from fwm.files import lock_workdir, write_text
-from fwm.limits import SEED, TEXT, Kind, number, one_of, several, whole
+from fwm.limits import RATE, SEED, TEXT, Kind, one_of, several, whole
 from fwm.retrieval import report
 from fwm.retrieval.model import EVAL_INTERVAL, SETTINGS, Model, adam, init, train_and_evaluate
 from fwm.terminal import say
@@ -104,7 +104,7 @@ LIMITS = {
     "sizes": _different(whole(2), "whole numbers from 2 on"),
     "seeds": _different(SEED, "whole numbers from 0 to 2**32 - 1"),
     "batch_size": whole(1),
-    "lr": number("above 0", lambda x: x > 0),
+    "lr": RATE,
     "max_step": Kind(
         f"a multiple of {EVAL_INTERVAL}, the steps between evaluations",
         lambda x: whole(1).fits(x) and x % EVAL_INTERVAL == 0,
