@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax
@@ -11,9 +12,9 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from fwm import ops
-from fwm.errors import UserError
 from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import project
+from fwm.limits import SIZE, whole
 from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
 
@@ -43,6 +44,8 @@ class FastWeightAttention(Mixer):
     """
 
     carries = "asked"
+    # Every roll is a part of the program.
+    limits = MappingProxyType({"dpfp_n_roll": whole(1, 1000), "performer_proj_dim": SIZE})
 
     n_head: int
     d_head: int
@@ -158,10 +161,7 @@ class FastWeightAttention(Mixer):
         }
 
     def check(self) -> None:
-        """Names that are known, sizes, and a normalisation that the rule has."""
-        for field in ("dpfp_n_roll", "performer_proj_dim"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        """Names that are known, and a normalisation that the rule has."""
         self._features({})
         ops.check_composition(self.update_rule, self.attn_normalization)
 
