@@ -6,6 +6,7 @@ raises "config.train.tgt_len must be a whole number of at least 1, got 0."
 """
 
 import dataclasses
+import math
 import numbers
 import reprlib
 from collections.abc import Callable, Collection
@@ -43,10 +44,14 @@ def whole(low: int, high: int = INT32) -> Kind:
 
 def number(which: str, fits: Callable[[Any], bool]) -> Kind:
     """Finite numbers that are `which`, as in "above 0"."""
-    real = lambda x: (
-        isinstance(x, numbers.Real) and type(x) is not bool and -LARGEST <= x <= LARGEST
-    )
-    return Kind(f"a number {which}", lambda x: real(x) and fits(x))
+    return Kind(f"a number {which}", lambda x: _is_finite(x) and fits(x))
+
+
+def _is_finite(x: Any) -> bool:
+    try:
+        return isinstance(x, numbers.Real) and type(x) is not bool and math.isfinite(x)
+    except OverflowError:  # A whole number that no float is as large as.
+        return False
 
 
 def one_of(names: Collection[str]) -> Kind:
