@@ -52,9 +52,7 @@ def defaults() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.name = "embedded"  # embedded, wikitext103, wikitext2, enwik8, text8, ptb, lm1b, tfds:...
-    c.data.dir = (
-        ""  # folder with the text: train.txt ..., wiki.train.tokens ..., files of documents
-    )
+    c.data.dir = ""  # folder: train.txt ..., wiki.train.tokens ..., or files of documents
     c.data.file = ""  # or one file with the text, to be split 90/5/5 by place
     c.data.tokenizer = ""  # words, characters, bpe; "": words, in enwik8 and text8 characters
     c.data.vocab_size = 0  # of bpe, subwords, its 256 bytes among them; 0: 8192

@@ -192,7 +192,7 @@ MIXERS = {"fast_weight": _fast_weight, "softmax": _softmax, "transformer_xl": _t
 def _attention(c: ModelConfig, layer: str) -> Iterator[Entry]:
     n, h, d = c.n_head, c.d_head, c.d_model
     prefix = f"{layer}.dec_attn."
-    yield from MIXERS[c.mixer](c, prefix)
+    yield from MIXERS[c.pattern[0]](c, prefix)
     yield Entry(
         (f"{prefix}o_net.weight",),
         ("mixer", "out", "kernel"),

@@ -15,6 +15,7 @@ from fwm import ops
 from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import project
 from fwm.limits import SIZE, whole
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
 
 
@@ -69,6 +70,7 @@ class FastWeightAttention(Mixer):
         norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B _ D"], ops.FastWeightState]:
         """See `Mixer`; `norm`: k, v and the rule's inputs are made of norm(x), q of x."""
+        check("FastWeightAttention", x=(x, "B T D"))
         d = self.d_head
         features, n_key = self._features(self._arrays()), self._n_key()
         rule = ops.UPDATE_RULES[self.update_rule]

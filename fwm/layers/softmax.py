@@ -14,6 +14,7 @@ from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import attention_dropout, project
 from fwm.limits import Kind, whole
 from fwm.ops import softmax
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
 
 WINDOW = Kind(
@@ -63,6 +64,7 @@ class SoftmaxAttention(Mixer):
         norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B _ D"], WindowMemory | None]:
         """See `Mixer`; `norm`: k and v are made of norm(x), q of x."""
+        check("SoftmaxAttention", x=(x, "B T D"))
         d = self.d_head
         projection = project((self.n_head, 3 * d), -1, self.dtype, "qkv")
         qkv = projection(x)

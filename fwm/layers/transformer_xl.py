@@ -15,6 +15,7 @@ from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import attention_dropout, countdown, project, sinusoid
 from fwm.limits import whole
 from fwm.ops import softmax
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop
 
 
@@ -64,6 +65,7 @@ class RelativeAttention(Mixer):
         norm: Callable[[Array], Array] = lambda x: x,
     ) -> tuple[Float[Array, "B _ D"], Any]:
         """See `Mixer`; `norm` is applied to what is remembered too, which is kept without it."""
+        check("RelativeAttention", x=(x, "B T D"))
         if shared is None:
             raise UserError("the mixer of Transformer-XL needs `shared`: two biases of all layers.")
         d, (n_batch, length, d_model) = self.d_head, x.shape
