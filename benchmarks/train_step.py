@@ -50,8 +50,8 @@ def prepare(variant: str, preset: str, rows: int, dtype: str) -> tuple:
     fields = config.model.to_dict() | {"dtype": dtype}
     model = LanguageModel(build_config(fields, common.WIKITEXT_TOKENS))
     t = config.train
-    schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
-    optimizer = adam(schedule, t.clip)
+    schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step, t.decay_step)
+    optimizer = adam(schedule, t.clip, t.weight_decay)
     carry = rows if config.model.mem_len else 0
     make_state = functools.partial(init_state, model, optimizer, 1, carry)
     stream = tokens_like_wikitext(model.config.cutoffs, rows, t.tgt_len + 1)
@@ -119,8 +119,8 @@ def parts(variant: str, rows: int, rounds: int) -> dict[str, float]:
     config = importlib.import_module(f"configs.{variant}").get_config("small")
     model = LanguageModel(build_config(config.model.to_dict(), common.WIKITEXT_TOKENS))
     c, t = model.config, config.train
-    schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
-    optimizer = adam(schedule, t.clip)
+    schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step, t.decay_step)
+    optimizer = adam(schedule, t.clip, t.weight_decay)
     state = jax.jit(functools.partial(init_state, model, optimizer, 1, 0))()
     stream = tokens_like_wikitext(c.cutoffs, rows, t.tgt_len + 1)
     batch = Batch(stream[:, :-1], stream[:, 1:], np.zeros(rows, bool), np.arange(rows))

@@ -23,7 +23,7 @@ import optax
 
 from fwm import parallel
 from fwm.checkpoint import Checkpoints
-from fwm.config import build_config
+from fwm.config import build_config, check
 from fwm.errors import UserError
 from fwm.files import flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
@@ -41,6 +41,7 @@ from fwm.step import (
     valid_step,
 )
 from fwm.tasks import TASKS, Task
+from fwm.terminal import say
 from fwm.workdir import claim_workdir
 
 # The step's names are importable from here too, as they were before it had a file of its own.
@@ -166,16 +167,16 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
         UserError: as `run`; what settings and text decide is refused before anything is written.
     """
     c, t, first = config, config.train, parallel.is_first()
-    told = functools.partial(print, flush=True) if first else lambda line: None
+    told = say if first else lambda line: None
     with ExitStack() as held:
         with parallel.together():
             _check(config)
-            schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step)
+            schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step, t.decay_step)
             task = TASKS[c.task](config, ("train", "valid"))
             # Both refuse what does not fit.
             task.batch(0, parallel.rows(t.batch_size))
             model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
-            optimizer = adam(schedule, t.clip)
+            optimizer = adam(schedule, t.clip, t.weight_decay)
             if first:
                 held.enter_context(lock_workdir(workdir))
                 resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
@@ -236,32 +237,15 @@ def _begin(init: Callable[[], TrainState], checkpoints: Checkpoints) -> tuple[in
 
 
 def _check(config: Any) -> None:
-    """Refuse settings of the training that are out of range."""
+    """Refuse settings, and rows that do not fit the devices."""
+    check(config.to_dict())
     t, n_device = config.train, jax.device_count()
     for name in ("batch_size", "eval_batch_size"):
         parallel.check_divides(t[name], f"config.train.{name}", n_device)
-    if t.batch_chunk < 1 or t.batch_size // n_device % t.batch_chunk:
+    if t.batch_size // n_device % t.batch_chunk:
         raise UserError(
             f"config.train.batch_chunk={t.batch_chunk} does not divide the "
             f"{t.batch_size // n_device} rows of a device: use one of their divisors."
-        )
-    for name in ("tgt_len", "max_step", "eval_interval", "log_interval"):
-        if t[name] < 1:
-            raise UserError(f"config.train.{name} must be at least 1, got {t[name]}.")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed must be 0 or more and below 2**32, got {config.seed}.")
-    if t.clip < 0:
-        raise UserError(f"config.train.clip must be 0 (no clipping) or more, got {t.clip}.")
-    if t.nan_policy not in ("stop", "skip"):
-        raise UserError(
-            f"unknown config.train.nan_policy {t.nan_policy!r}: expected one of stop, skip."
-        )
-    steps = t.profile_steps
-    whole = all(type(step) is int for step in steps)
-    if steps and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-        raise UserError(
-            "config.train.profile_steps must be the first and the last step to trace, such as "
-            f"(10, 15), or () for none, got {steps}."
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fwm.data import subwords
 from fwm.errors import UserError
+from fwm.files import write_text
 
 EOS = "<eos>"
 UNK = "<unk>"
@@ -95,10 +96,10 @@ class Vocabulary:
         path = Path(path)
         tokenizer = path.with_name(TOKENIZER_FILE)
         if self.bpe:
-            _write(tokenizer, self.bpe)
+            write_text(tokenizer, self.bpe)
         else:
             tokenizer.unlink(missing_ok=True)
-        _write(path, self.text())
+        write_text(path, self.text())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
@@ -203,12 +204,3 @@ class Vocabulary:
 def code_point(code: int) -> str:
     """The symbol of a character."""
     return f"{CODE}{code:04X}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

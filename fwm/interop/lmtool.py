@@ -192,7 +192,7 @@ MIXERS = {"fast_weight": _fast_weight, "softmax": _softmax, "transformer_xl": _t
 def _attention(c: ModelConfig, layer: str) -> Iterator[Entry]:
     n, h, d = c.n_head, c.d_head, c.d_model
     prefix = f"{layer}.dec_attn."
-    yield from MIXERS[c.mixer](c, prefix)
+    yield from MIXERS[c.pattern[0]](c, prefix)
     yield Entry(
         (f"{prefix}o_net.weight",),
         ("mixer", "out", "kernel"),
@@ -237,7 +237,7 @@ def _vocabulary(c: ModelConfig) -> Iterator[Entry]:
 
 def _outside_layers(c: ModelConfig) -> Iterator[Entry]:
     yield from _vocabulary(c)
-    for name in c.make_mixer().shared_shapes():
+    for name in c.make_mixers()[0].shared_shapes():
         yield _same(name, name)
 
 
@@ -360,10 +360,12 @@ def to_lmtool(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, np
         c = config
         known = {(kind[1], kind[2], kind[4]) for kind in ATTN_TYPES.values()}
         own = c.key_norm not in ("", UPDATE_RULES[c.update_rule].key_norm)
+        own = own or c.make_mixer().switched()
         if (c.feature_map, c.update_rule, c.scale_output) not in known or own:
             raise UserError(
                 f"the official toolkit has no layer of feature_map={c.feature_map}, update_rule="
-                f"{c.update_rule}, key_norm={c.key_norm!r} and scale_output={c.scale_output}: "
+                f"{c.update_rule}, key_norm={c.key_norm!r}, scale_output={c.scale_output} and "
+                f"{', '.join(c.make_mixer().switched()) or 'nothing'} switched on: "
                 "expected one of ATTN_TYPES."
             )
     params = variables["params"]

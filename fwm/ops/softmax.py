@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fwm.errors import UserError
 from fwm.ops.checks import check
 
 # Queries per block of causal attention: a block reads no key after its last query, and its
@@ -24,9 +25,11 @@ def causal_attention(
     v: Float[Array, "B S N H"],
     *,
     scale: float,
+    window: int = 0,
+    segment_ids: Int[Array, "B S"] | None = None,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T) v, a token seeing itself and all before it; softmax in float32.
+    """softmax(scale q k^T) v, a token seeing itself and what is before it; softmax in float32.
 
     The T queries are those of the last T of the S tokens.
 
@@ -35,20 +38,35 @@ def causal_attention(
         k: keys.
         v: values.
         scale: factor of the scores, 1 / sqrt(H) in the paper.
+        window: how many tokens a token sees at most, its own included; 0: all.
+        segment_ids: a token sees those with its own id only; None: all have the same.
         dropout: applied to the weights [B, N, T, S] before they are divided by their sum, all in
             one piece.
+
+    Raises:
+        UserError: arrays that do not fit each other.
     """
     check("causal_attention", q=(q, "B T N H"), k=(k, "B S N H"), v=(v, "B S N H"))
+    _check_last("causal_attention", q, k)
+    if segment_ids is not None:
+        check("causal_attention", k=(k, "B S N H"), segment_ids=(segment_ids, "B S", jnp.integer))
     length, n_before = q.shape[1], k.shape[1] - q.shape[1]
     # Heads before time, as arrays of their own: XLA's CPU backend is three times slower at small
     # products whose batch axes lie apart.
     q, k, v = jax.lax.optimization_barrier(tuple(x.swapaxes(1, 2) for x in (q, k, v)))
 
-    def block(q, k, v, start):
+    def block(q, k, v, ids, start, first):
+        """Of queries from the place `start` and keys from `first` on, among the S tokens."""
         scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=_accumulator(q)) * scale
         n_query, n_key = scores.shape[-2:]
-        seen = jnp.arange(n_key)[None, :] <= n_before + start + jnp.arange(n_query)[:, None]
-        scores = jnp.where(seen[None, None], scores, jnp.finfo(scores.dtype).min)
+        query, key = start + jnp.arange(n_query)[:, None], first + jnp.arange(n_key)[None, :]
+        seen = (key <= query)[None]
+        if window:
+            seen &= (key > query - window)[None]
+        if ids is not None:
+            own, theirs = ids[:, start : start + n_query], ids[:, first : first + n_key]
+            seen = seen & (own[:, :, None] == theirs[:, None, :])
+        scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         total = weights.sum(axis=-1, keepdims=True)
         if dropout is not None:
@@ -60,13 +78,14 @@ def causal_attention(
         return (out / total).astype(v.dtype)
 
     if dropout is not None:
-        return block(q, k, v, 0).swapaxes(1, 2)
+        return block(q, k, v, segment_ids, n_before, 0).swapaxes(1, 2)
     blocks = []
     for start in range(0, length, _QUERY_BLOCK):
         stop = min(start + _QUERY_BLOCK, length)
-        part = jax.checkpoint(partial(block, start=start))
-        end = n_before + stop
-        blocks.append(part(q[:, :, start:stop], k[:, :, :end], v[:, :, :end]))
+        first = max(0, n_before + start + 1 - window) if window else 0
+        part = jax.checkpoint(partial(block, start=n_before + start, first=first))
+        seen = slice(first, n_before + stop)
+        blocks.append(part(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], segment_ids))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 
@@ -98,7 +117,17 @@ def relative_attention(
         same_length: let a query see the last mem_len positions only, its own included.
         scale: factor of the scores, 1 / sqrt(H) in the paper.
         dropout: applied to the probabilities [B, N, T, S].
+
+    Raises:
+        UserError: arrays that do not fit each other.
     """
+    check(
+        "relative_attention",
+        **{"q": (q, "B T N H"), "k": (k, "B S N H"), "v": (v, "B S N H"), "r": (r, "S N H")},
+        **{"r_w_bias": (r_w_bias, "N H"), "r_r_bias": (r_r_bias, "N H")},
+        length=(length, "B", jnp.integer),
+    )
+    _check_last("relative_attention", q, k)
     n_query, n_slot = q.shape[1], k.shape[1]
     n_memory = n_slot - n_query
     query = n_memory + jnp.arange(n_query)[:, None]
@@ -130,6 +159,14 @@ def rows_per_block(n_batch: int, fitting: int) -> int:
     """The largest divisor of the batch up to `fitting`; not, say, 97 blocks of one row."""
     divisor = max((n for n in range(1, min(fitting, n_batch) + 1) if n_batch % n == 0), default=0)
     return divisor if 4 * divisor >= min(fitting, n_batch) else n_batch
+
+
+def _check_last(of, q, k):
+    if q.shape[1] > k.shape[1]:
+        raise UserError(
+            f"{of}: q of shape {q.shape} has more tokens than k of shape {k.shape}: the queries "
+            "are those of the last tokens."
+        )
 
 
 def _accumulator(x):

@@ -40,8 +40,7 @@ def compare(
       texts: of a run, by split, its text with its `digest`; a result on another is not shown.
 
     Raises:
-      UserError: a workdir has no train_log.csv, a result file is malformed, or the figure cannot
-        be written.
+      UserError: a workdir has no train_log.csv, or a result file is malformed.
     """
     table = [["run", "steps", "valid perplexity", "test perplexity", "paper (valid / test)"]]
     for workdir in workdirs:
@@ -54,14 +53,16 @@ def compare(
         table.append([str(workdir), str(steps), valid, test, paper.get(workdir, "-")])
     try:
         draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
+        figure = f"Learning curves: {out}"
     except OSError as error:
-        raise UserError(f"the figure {out} cannot be written: {error}.") from error
+        figure = f"Warning: the figure {out} cannot be written ({error.strerror})."
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table
-    )
+    ]
+    return "\n".join([*lines, figure])
 
 
 def _exact_perplexity(

@@ -21,6 +21,7 @@ from clu import parameter_overview
 from fwm.perplexity import perplexity
 from fwm.reporting.figures import draw_learning_curves
 from fwm.reporting.sinks import LOG, CsvLog, Row, Sink, TensorBoard, WandB
+from fwm.terminal import is_live, say
 
 CURVE = "learning_curve.png"
 REDRAW_SECONDS = 0.2  # between two states of the live line
@@ -67,7 +68,7 @@ class Reporter:
             return
         self._workdir = workdir
         self._stream = sys.stdout if stream is None else stream
-        self._live = self._stream.isatty()
+        self._live = is_live(self._stream)
         self._progress = ""
         self._drawn = -math.inf
         self._total_steps = total_steps
@@ -167,16 +168,7 @@ class Reporter:
         self._drawn = time.monotonic()
 
     def _print(self, text: str) -> None:
-        """To the terminal, which may be a pipe that nobody reads or a file on a full disk."""
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError as error:
-            if "terminal" not in self._warned:
-                self._warned.add("terminal")
-                with contextlib.suppress(OSError):
-                    line = f"Warning: nothing more can be printed ({error}); training goes on."
-                    print(line, file=sys.stderr, flush=True)
+        say(text, self._stream, end="")
 
     def _record(self, step: int, split: str, values: Mapping[str, float], seconds: float) -> None:
         row = Row(step, split, {name: float(value) for name, value in values.items()}, seconds)

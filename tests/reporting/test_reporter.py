@@ -245,7 +245,7 @@ def test_a_terminal_that_fails_costs_a_warning(tmp_path, capsys):
     assert [(row["step"], row["split"]) for row in rows(tmp_path)] == [
         ("1", "train"), ("10", "train"), ("10", "valid")
     ]  # fmt: skip
-    expected = "Warning: nothing more can be printed ([Errno 32] Broken pipe); training goes on.\n"
+    expected = "Warning: nothing more can be printed ([Errno 32] Broken pipe); the run goes on.\n"
     assert capsys.readouterr().err == expected
 
 
