@@ -38,7 +38,7 @@ def constant(lr: float, warmup_step: int, max_step: int, decay_step: int = 0) ->
 
 
 def wsd(lr: float, warmup_step: int, max_step: int, decay_step: int = 0) -> Schedule:
-    """lr t / warmup below `warmup_step`, then lr, then lr (max_step - t) / decay in the last updates.
+    """lr t / warmup below `warmup_step`, then lr, in the last updates lr (max_step - t) / decay.
 
     Warmup, stable, decay (Hu et al. 2024, MiniCPM, section 4): what stands before the decay can be
     gone on from with any later end.

@@ -1,0 +1,96 @@
+"""The weights of a trained run as the beginning of another one, whose text has other words.
+
+Words are matched by what they are, not by their numbers: a word's rows of the embedding and of the
+softmax go where the word is now. Everything else is taken as it is.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Int
+
+from fwm.config import ModelConfig, model_keys
+from fwm.data import Vocabulary
+from fwm.errors import UserError
+from fwm.workdir import OpenedRun
+
+VOCABULARY = ("embedding", "softmax")  # the groups of arrays that depend on it
+# What decides the shape of a row, or what it is multiplied with, but for the number of words.
+OF_ROWS = ("d_model", "d_embed", "div_val", "tie_weight")
+
+
+def transfer(
+    params: Any, config: ModelConfig, vocab: Vocabulary, source: OpenedRun
+) -> tuple[Any, str]:
+    """`params` with what `source` has learnt, and what it was in words.
+
+    The rows of words that `source` does not know stay as they were drawn. With `div_val` above 1 a
+    cluster's rows have a width of their own, so those of a word that has gone to another cluster
+    stay as drawn too. Clusters keep their numbers: what `source` has of the first one (its weight
+    in the head, its projection) goes to the first one, wherever it is cut now.
+
+    Raises:
+        UserError: the two models differ in the shape of what they would have in common.
+    """
+    drawn = flatten_dict(jax.tree.map(np.array, params), sep="/")
+    learnt = flatten_dict(jax.device_get(source.variables["params"]), sep="/")
+    _check_fits(drawn, config, learnt, source.model.config)
+    number = np.array([source.vocab.index.get(symbol, -1) for symbol in vocab.symbols])
+    table, row = _places(config)
+    old_table, old_row = _places(source.model.config)
+    known = number >= 0
+    kept = known & (old_table[number] == table)
+    for name, array in drawn.items():
+        last = name.rpartition("/")[2]
+        kind, _, which = last.rpartition("_")
+        if _is_vocabulary(name) and kind in ("table", "bias") and which.isdecimal():
+            words = np.flatnonzero(kept & (table == int(which)))
+            if len(words):
+                array[row[words]] = learnt[name][old_row[number[words]]]
+        elif _is_vocabulary(name) and last in ("cluster_weight", "cluster_bias"):
+            # The first cluster has the last row.
+            both = min(len(array), len(learnt.get(name, ())))
+            if both:
+                array[-both:] = learnt[name][-both:]
+        elif name in learnt:
+            array[...] = learnt[name]
+    told = f"{known.sum():,} of {len(vocab):,} words are matched, {(~known).sum():,} are new"
+    if moved := int((known & ~kept).sum()):
+        told += f", {moved:,} are in a cluster of another width and are drawn anew too"
+    others = _differences(config, source.model.config)
+    return unflatten_dict(drawn, sep="/"), f"{told}{f'; of the model {others}' * bool(others)}."
+
+
+def _places(config: ModelConfig) -> tuple[Int[np.ndarray, " V"], Int[np.ndarray, " V"]]:
+    """Of each word, which table it is in and which row there."""
+    words = np.arange(config.n_token)
+    if config.div_val == 1:  # One table, wherever the clusters are cut.
+        return np.zeros_like(words), words
+    starts = np.array([0, *config.cutoffs])
+    table = np.searchsorted(starts, words, side="right") - 1
+    return table, words - starts[table]
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.startswith(VOCABULARY)
+
+
+def _differences(here: ModelConfig, there: ModelConfig) -> str:
+    """The settings of two models that differ, but for how the vocabulary is cut."""
+    names = [n for n in model_keys() if n not in ("cutoffs", "tie_projs")]
+    pairs = [(n, getattr(there, n), getattr(here, n)) for n in names]
+    return ", ".join(f"{n} is {a!r} there and {b!r} here" for n, a, b in pairs if a != b)
+
+
+def _check_fits(drawn: dict, here: ModelConfig, learnt: dict, there: ModelConfig) -> None:
+    shapes = lambda arrays: {n: x.shape for n, x in arrays.items() if not _is_vocabulary(n)}
+    clusters = min(len(here.tie_projs), len(there.tie_projs))
+    rows = lambda c: [*(getattr(c, name) for name in OF_ROWS), c.tie_projs[:clusters]]
+    if shapes(drawn) != shapes(learnt) or rows(here) != rows(there):
+        raise UserError(
+            "the weights of config.init_from do not fit this model: "
+            f"{_differences(here, there) or 'their arrays have other names or shapes'}; give "
+            "config.model the same sizes, or another run."
+        )
