@@ -88,10 +88,12 @@ def default_workdir(config: ConfigDict) -> Path:
 
 def _describe(config: ConfigDict, text: str = "") -> str:
     m, t = config.model, config.train
-    text = (text or label(config.data.name, config.data.dir)).replace(":", "-")
+    d = config.data
+    text = (text or label(d.name, d.dir, d.file)).replace(":", "-")
+    text += f"-{d.tokenizer}{d.vocab_size or ''}" if d.tokenizer else ""
     learned = text if config.task == "text" else config.task
-    mixer = build_config(m.to_dict(), n_token=2**31 - 1).make_mixer()  # of any vocabulary
-    parts = [learned, *mixer.name_parts(m.mixer)]
+    model = build_config(m.to_dict(), n_token=2**31 - 1)  # of any vocabulary
+    parts = [learned, *model.name_parts()]
     parts += [m.norm] * (m.norm != "post") + ["nopos"] * m.no_pos
     parts += ["carry"] * t.carry_over_fast_weight + [f"mem{m.mem_len}"] * bool(m.mem_len)
     parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]
@@ -250,15 +252,16 @@ def dispatch(argv: list[str]) -> int:
                 raise UserError("--mode=compare has no settings: leave --config.... out.")
             return compare([expanded(name) for name in WORKDIR.value.split(",")])
         if MODE.value == "import":
-            if folder := overrides.get("data.dir"):
-                overrides["data.dir"] = str(expanded(folder).absolute())
+            for key in overrides.keys() & {"data.dir", "data.file"}:
+                overrides[key] = str(expanded(overrides[key]).absolute())
             return official.import_run(expanded(OFFICIAL.value), workdir, overrides)
         config = config_of_run(workdir, overrides)
         if MODE.value == "export":
             return official.export_run(config, workdir, expanded(OFFICIAL.value))
     # Absolute, so that an evaluation finds the text from anywhere.
-    if config.data.dir:
-        config.data.dir = str(expanded(config.data.dir).absolute())
+    for key in ("dir", "file"):
+        if config.data[key]:
+            config.data[key] = str(expanded(config.data[key]).absolute())
     cache = cache_folder(config.data.cache_dir)
     # One below ~ is everybody's own, also where somebody else's run is evaluated.
     if not config.data.cache_dir.startswith("~"):

@@ -86,7 +86,8 @@ def flops_per_token(
     not counted. Training is three times as much.
     """
     c = config
-    layer = c.make_mixer().flops(c.d_model, length) + 4 * c.d_model * c.d_inner
+    mixers = [mixer.flops(c.d_model, length) for mixer in c.make_mixers()]
+    layer = sum(mixers) / len(mixers) + 4 * c.d_model * c.d_inner
     bounds = (0, *c.cutoffs, c.n_token)
     sizes = [high - low for low, high in itertools.pairwise(bounds)]
     words = sizes[0] + len(c.cutoffs)

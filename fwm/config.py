@@ -13,10 +13,10 @@ import ast
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from fwm.errors import UserError
 from fwm.layers import MIXERS, Mixer
@@ -38,7 +38,9 @@ class ModelConfig:
     """
 
     n_token: int
-    mixer: str = "fast_weight"  # fast_weight, softmax, transformer_xl
+    # fast_weight, softmax, transformer_xl; several in parentheses, as in
+    # ("fast_weight", "softmax"): a pattern that is repeated over the layers
+    mixer: str | tuple[str, ...] = "fast_weight"
     norm: str = "post"  # post, pre, pre_lnorm (the official toolkit's)
     no_pos: bool = False  # leave the absolute positions out
     d_model: int = 128  # width of the residual stream
@@ -68,6 +70,8 @@ class ModelConfig:
         values = model_keys() | keys | {"n_token": n_token}
         for name in ("cutoffs", "tie_projs"):
             values[name] = tuple(values[name])
+        pattern = _pattern(values["mixer"])
+        values["mixer"] = pattern if len(pattern) > 1 else pattern[0]
         if values["d_embed"] == 0:
             values["d_embed"] = values["d_model"]
         if not values["tie_projs"]:
@@ -87,13 +91,16 @@ class ModelConfig:
     def _check(self, values: Mapping[str, Any]) -> None:
         for name, default in model_keys().items():
             value, kind = values[name], type(default)
+            if name == "mixer":  # a name or several: `_pattern` has seen to it
+                continue
             if not (type(value) is kind or (kind is float and type(value) is int)):
                 raise UserError(f"{name} must be {kind.__name__}, as {default!r}, got {value!r}.")
-        for name, valid in (("mixer", MIXERS), ("norm", NORMS), ("dtype", DTYPES)):
-            if values[name] not in valid:
-                raise UserError(
-                    f"unknown {name} {values[name]!r}: expected one of {', '.join(valid)}."
-                )
+        names: list[tuple[str, str, Collection[str]]]
+        names = [("mixer", mixer, MIXERS) for mixer in self.pattern]
+        names += [("norm", self.norm, NORMS), ("dtype", self.dtype, DTYPES)]
+        for name, value, valid in names:
+            if value not in valid:
+                raise UserError(f"unknown {name} {value!r}: expected one of {', '.join(valid)}.")
         for name in ("n_token", "d_model", "n_head", "d_head", "d_inner", "n_layer", "d_embed",
                      "div_val"):  # fmt: skip
             if values[name] < 1:
@@ -115,24 +122,48 @@ class ModelConfig:
             )
         if self.d_model % 2:
             raise UserError(f"d_model must be even for sinusoidal positions, got {self.d_model}.")
-        kind = MIXERS[self.mixer]
-        if self.no_pos and not kind.adds_positions:
-            raise UserError(f"no_pos has no meaning for {self.mixer}, which has its own positions.")
-        read = _fields(kind)
+        self._check_mixers(values)
+
+    def _check_mixers(self, values: Mapping[str, Any]) -> None:
+        mixers, mixed = self.make_mixers(), " and ".join(dict.fromkeys(self.pattern))
+        if self.n_layer % len(self.pattern):
+            raise UserError(
+                f"n_layer={self.n_layer} is no multiple of the {len(self.pattern)} layers of the "
+                f"pattern mixer={self.pattern}: choose one that is."
+            )
+        if len({mixer.adds_positions for mixer in mixers}) > 1:
+            raise UserError(
+                f"{mixed} cannot be mixed: some have positions of their own, others need those "
+                "that a model adds to the embedding."
+            )
+        if len({mixer.carries == "always" for mixer in mixers}) > 1:
+            raise UserError(
+                f"{mixed} cannot be mixed: some always carry a memory from segment to segment, "
+                "others never or where it is asked for."
+            )
+        if self.no_pos and not mixers[0].adds_positions:
+            raise UserError(f"no_pos has no meaning for {mixed}, which has its own positions.")
+        read = {name for mixer in self.pattern for name in _fields(MIXERS[mixer])}
         for name, default in mixer_keys().items():
             # A key that switches something on, and nothing that would read it.
             if not default and values[name] and name not in read:
                 owners = ", ".join(mixer for mixer, k in MIXERS.items() if name in _fields(k))
                 raise UserError(
-                    f"{name} has no meaning for {self.mixer}, it is a key of {owners}: leave it at "
+                    f"{name} has no meaning for {mixed}, it is a key of {owners}: leave it at "
                     f"{default!r}."
                 )
-        self.make_mixer().check()
+        for mixer in mixers:
+            mixer.check()
 
-    def make_mixer(self) -> Mixer:
-        """The mixer of a layer, with the keys that it declares."""
-        kind = MIXERS[self.mixer]
-        return kind(**{name: getattr(self, name) for name in _fields(kind)}, parent=None)
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The names of the mixers of the first layers, which all others repeat."""
+        return _pattern(self.mixer)
+
+    def make_mixers(self) -> tuple[Mixer, ...]:
+        """The mixers of the pattern, with the keys that they declare."""
+        keys = {name: getattr(self, name) for name in model_keys()}
+        return tuple(make_mixer(name, keys) for name in self.pattern)
 
     def carries(self, asked: bool) -> bool:
         """Whether a run takes the memory from segment to segment.
@@ -141,17 +172,52 @@ class ModelConfig:
             asked: `train.carry_over_fast_weight`.
 
         Raises:
-            UserError: it is asked for and has no meaning for the mixer.
+            UserError: it is asked for and has no meaning for one of the mixers.
         """
-        carries = MIXERS[self.mixer].carries
-        if asked and carries != "asked":
-            raise UserError(f"carry_over_fast_weight has no meaning for {self.mixer}.")
-        return carries == "always" or asked
+        mixers = self.make_mixers()
+        for name, mixer in zip(self.pattern, mixers, strict=True):
+            if asked and mixer.carries != "asked":
+                raise UserError(
+                    f"carry_over_fast_weight has no meaning for {name}, which carries "
+                    + (
+                        "its memory anyway."
+                        if mixer.carries == "always"
+                        else "nothing (softmax does where attention_window is set)."
+                    )
+                )
+        return asked or mixers[0].carries == "always"
 
     @property
     def carries_memory(self) -> bool:
         """Whether `LanguageModel` returns a memory that the next segment can start from."""
-        return MIXERS[self.mixer].carries != "never"
+        return all(mixer.carries != "never" for mixer in self.make_mixers())
+
+    def name_parts(self) -> list[str]:
+        """What a run's name says of the mixers: of each what it says itself, and how often."""
+        mixers, parts = dict(zip(self.pattern, self.make_mixers(), strict=True)), []
+        for name, run in itertools.groupby(self.pattern):
+            times = len(list(run))
+            parts += mixers[name].name_parts(name) + [f"x{times}"] * (times > 1)
+        return parts
+
+
+def make_mixer(name: str, keys: Mapping[str, Any]) -> Mixer:
+    """A mixer by its name, with those of `keys` that it declares."""
+    kind = MIXERS[name]
+    return kind(**{field: keys[field] for field in _fields(kind)}, parent=None)
+
+
+def _pattern(mixer: Any) -> tuple[str, ...]:
+    """The names of the mixers that are repeated; of one and the same mixer its name once."""
+    names = (mixer,) if isinstance(mixer, str) else mixer
+    if not (
+        isinstance(names, tuple | list) and names and all(isinstance(name, str) for name in names)
+    ):
+        raise UserError(
+            "mixer must be a name, such as 'fast_weight', or names that are repeated over the "
+            f"layers, such as ('fast_weight', 'softmax'), got {mixer!r}."
+        )
+    return tuple(names) if len(set(names)) > 1 else (names[0],)
 
 
 def _fields(kind: type) -> dict[str, Any]:
@@ -209,11 +275,18 @@ def defaults() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.name = "embedded"  # embedded, wikitext103, wikitext2, enwik8, text8, ptb, lm1b, tfds:...
-    c.data.dir = ""  # folder with the text: train.txt ... or wiki.train.tokens ...
+    c.data.dir = (
+        ""  # folder with the text: train.txt ..., wiki.train.tokens ..., files of documents
+    )
+    c.data.file = ""  # or one file with the text, to be split 90/5/5 by place
+    c.data.tokenizer = ""  # words, characters, bpe; "": words, in enwik8 and text8 characters
+    c.data.vocab_size = 0  # of bpe, subwords, its 256 bytes among them; 0: 8192
+    c.data.field = "text"  # of .jsonl, .parquet and saved data sets: which has the text
     c.data.cache_dir = "~/.cache/fwm"  # where the encoded text is kept
     c.data.download = False  # fetch a known dataset that is not there (asks TFDS)
 
-    c.model = ConfigDict(model_keys())
+    # Of any type: a name or a tuple of them.
+    c.model = ConfigDict(model_keys() | {"mixer": FieldReference("fast_weight", field_type=object)})
 
     c.train = ConfigDict()
     c.train.batch_size = 96  # rows, over all devices
@@ -315,27 +388,29 @@ def build(
 
 
 def _apply(config: ConfigDict, option: str) -> None:
-    mixer = MIXERS[config.model.mixer]
     name, equals, value = option.partition("=")
     if equals:
         if name not in config.model:
             raise UserError(
                 f"unknown option {name!r}: expected a key of model ({', '.join(config.model)})."
             )
-        old = config.model[name]
+        default = model_keys()[name]
+        text = isinstance(default, str) and not value.startswith("(")
         try:
-            new = value if isinstance(old, str) else ast.literal_eval(value)
-            config.model[name] = new
+            config.model[name] = value if text else ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError):
+            old = config.model[name]
             raise UserError(
                 f"option {option!r}: expected a {type(old).__name__} such as {old!r}."
             ) from None
         return
+    pattern, keys = _pattern(config.model.mixer), config.model.to_dict()
+    mixers = [make_mixer(mixer, keys) for mixer in pattern]
     # What each option is for: whether it has a meaning.
     meaning = {
-        "no_pos": mixer.adds_positions,
-        "skip_attn_normalization": "attn_normalization" in _fields(mixer),
-        "carry_over_fast_weight": mixer.carries == "asked",
+        "no_pos": all(mixer.adds_positions for mixer in mixers),
+        "skip_attn_normalization": any("attn_normalization" in _fields(type(m)) for m in mixers),
+        "carry_over_fast_weight": all(mixer.carries == "asked" for mixer in mixers),
     }
     if name not in meaning:
         raise UserError(
@@ -343,7 +418,7 @@ def _apply(config: ConfigDict, option: str) -> None:
             "carry_over_fast_weight or key=value for a key of model."
         )
     if not meaning[name]:
-        raise UserError(f"{name} has no meaning for {config.model.mixer}.")
+        raise UserError(f"{name} has no meaning for {' and '.join(dict.fromkeys(pattern))}.")
     if name == "skip_attn_normalization":
         config.model.attn_normalization = "none"
     else:

@@ -6,6 +6,8 @@ Every model of the paper is one composition of the keys of `ModelConfig`; there 
 variant. Layers are stacked along a leading axis of their parameters and scanned.
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -33,21 +35,30 @@ __all__ = [
 ]  # fmt: skip
 
 
-def make_block(config: ModelConfig) -> Block:
-    """One layer, without a parent: `apply` computes it with the parameters of any layer."""
+def make_block(config: ModelConfig, place: int = 0) -> Block:
+    """A layer of the pattern, without a parent: `apply` computes it with any such one's parameters.
+
+    Args:
+        config: of the model.
+        place: in the pattern of mixers.
+    """
     c = config
-    return Block(c.make_mixer(), c.d_inner, c.dropout, c.norm, c.dtype, parent=None)
+    return Block(c.make_mixers()[place], c.d_inner, c.dropout, c.norm, c.dtype, parent=None)
 
 
 def empty_memory(config: ModelConfig, batch_size: int) -> Any:
     """The memory before the first token: what `memory=None` stands for; None: there is none."""
-    mixer = config.make_mixer()
-    carried = mixer.empty(batch_size, config.d_model)
-    return None if carried is None else mixer.join((carried,) * config.n_layer)
+    empty = [mixer.empty(batch_size, config.d_model) for mixer in config.make_mixers()]
+    if not config.carries_memory:
+        return None
+    return _join(config, [(carried,) * (config.n_layer // len(empty)) for carried in empty])
 
 
 class LanguageModel(nn.Module):
     """Word embedding, `n_layer` blocks, adaptive softmax (paper section 6.3).
+
+    Parameters and draws of the layers are stacked; in a pattern of several mixers those of each
+    place by themselves, under the place and the mixer's name: `0_fast_weight`, `1_softmax`.
 
     Call: see `__call__`; `method="hidden"` gives the softmax's input, `method="log_probs"` the
     whole distribution over the next token.
@@ -65,20 +76,25 @@ class LanguageModel(nn.Module):
             self.final_norm = Norm(c.dtype)
         self.shared_params = {
             name: self.param(name, matrix_init, shape)
-            for name, shape in c.make_mixer().shared_shapes().items()
+            for mixer in c.make_mixers()
+            for name, shape in mixer.shared_shapes().items()
         }
-        self.layer_params = self.param("layers", lambda key: self._init_layers(key)["params"])
+        self.layer_params = self.param("layers", lambda key: self._init_layers(key, "params"))
         self.layer_draws = {}
-        if jax.eval_shape(c.make_mixer().draw, jax.random.key(0)):
-            make = lambda: self._init_layers(self.make_rng("params"))["favor"]
-            self.layer_draws = {"favor": self.variable("favor", "layers", make).value}
+        if jax.eval_shape(lambda: redraw_projections(c, jax.random.key(0))):
+            make = lambda: self._init_layers(self.make_rng("params"), "favor")
+            self.layer_draws = self.variable("favor", "layers", make).value
 
-    def _init_layers(self, key: Key[Array, ""]) -> Any:
+    def _init_layers(self, key: Key[Array, ""], collection: str) -> Any:
         c = self.config
         x = jnp.zeros((1, 1, c.d_model), c.dtype)
         shared = Shared(self.shared_params, None)
-        init = lambda k: make_block(c).init(k, x, None, shared)
-        return jax.vmap(init)(jax.random.split(key, c.n_layer))
+
+        def init(place: int, keys: Array) -> Any:
+            block = make_block(c, place)
+            return jax.vmap(lambda key: block.init(key, x, None, shared))(keys).get(collection, {})
+
+        return _by_place(c, key, init)
 
     def hidden(
         self,
@@ -107,7 +123,7 @@ class LanguageModel(nn.Module):
             keys = keys[:-1]
         x, tables = self.embedding.with_tables(tokens)
         x = nan_where_invalid(x * c.d_model**0.5, tokens, c.n_token)
-        if c.make_mixer().adds_positions and not c.no_pos:
+        if c.make_mixers()[0].adds_positions and not c.no_pos:  # all mixers of a pattern agree
             positions = sinusoid(countdown(tokens.shape[1], c.clamp_len), c.d_model)
             x = x + positions[None].astype(x.dtype)
         x = drop(x, own, EMBEDDING_SITE, c.dropout).astype(c.dtype)
@@ -119,30 +135,52 @@ class LanguageModel(nn.Module):
     def _layers(
         self, x: Array, memory: Any, keys: Any, own: Dropout | None, last: int | None
     ) -> tuple[Array, Any]:
-        """All layers, one scan: `keys` of their dropout, `own` of what they share."""
+        """All layers, one scan over repeats: `keys` of their dropout, `own` of what they share."""
         c = self.config
-        block, mixer = make_block(c), c.make_mixer()
+        n_place = len(c.pattern)
         shared = Shared(self.shared_params, None if own is None else own.key)
-        variables = {"params": self.layer_params, **self.layer_draws}
-        carried = None if memory is None else _stack(mixer.split(memory))
+        carried: Any = (None,) * n_place
+        if memory is not None:
+            carried = tuple(map(_stack, _split(c, memory)))
+        if keys is not None:
+            keys = keys.reshape(-1, n_place)
 
-        def layer(x, inputs, last=None):
-            variables, carried, key = inputs
+        variables = tuple(
+            {"params": params} | ({"favor": draws} if draws else {})
+            for params, draws in zip(
+                _places(c, self.layer_params), _places(c, self.layer_draws), strict=True
+            )
+        )
+
+        def layer(place, last, x, variables, carried, key):
             source = None if own is None else Dropout(key, own.rows)
-            return block.apply(variables, x, carried, shared, source, last)
+            return make_block(c, place).apply(variables, x, carried, shared, source, last)
 
+        def repeat(x, inputs, last=None, wrap=lambda layer: layer):
+            variables, carried, keys = inputs
+            after = []
+            for place in range(n_place):
+                top = last if place == n_place - 1 else None
+                key = None if keys is None else keys[place]
+                run = wrap(functools.partial(layer, place, top))
+                x, state = run(x, variables[place], carried[place], key)
+                after.append(state)
+            return x, tuple(after)
+
+        # In a scan nothing can merge the second computation with the first (prevent_cse).
+        keep = jax.checkpoint_policies.save_only_these_names(*KEPT)
+        kept = functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
         inputs = (variables, carried, keys)
         if last is None:
-            keep = jax.checkpoint_policies.save_only_these_names(*KEPT)
-            # In a scan nothing can merge the second computation with the first (prevent_cse).
-            kept = jax.checkpoint(layer, policy=keep, prevent_cse=False)
-            x, carried = jax.lax.scan(kept, x, inputs)
+            x, carried = jax.lax.scan(functools.partial(repeat, wrap=kept), x, inputs)
         else:
             # The last layer computes what its last positions need and nothing more.
-            x, carried = jax.lax.scan(layer, x, jax.tree.map(lambda leaf: leaf[:-1], inputs))
-            x, top = layer(x, jax.tree.map(lambda leaf: leaf[-1], inputs), last)
+            x, carried = jax.lax.scan(repeat, x, jax.tree.map(lambda leaf: leaf[:-1], inputs))
+            x, top = repeat(x, jax.tree.map(lambda leaf: leaf[-1], inputs), last)
             carried = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), carried, top)
-        return x, None if carried is None else mixer.join(_unstack(carried, c.n_layer))
+        if not c.carries_memory:
+            return x, None
+        return x, _join(c, [_unstack(of, c.n_layer // n_place) for of in carried])
 
     def __call__(
         self,
@@ -194,6 +232,45 @@ class LanguageModel(nn.Module):
         return self.softmax.log_probs(hidden, tables, self.embedding.projs), memory
 
 
+# A pattern of one mixer looks everywhere as if there were no patterns.
+
+
+def _by_place(
+    config: ModelConfig, key: Key[Array, ""], make: Callable[[int, Array], Any]
+) -> dict[str, Any]:
+    """`make(place, keys of its layers)` of every place of the pattern, empty ones left out."""
+    n_place, keys = len(config.pattern), jax.random.split(key, config.n_layer)
+    made = [make(place, keys[place::n_place]) for place in range(n_place)]
+    if n_place == 1:
+        return made[0]
+    return {name: tree for name, tree in zip(_names(config), made, strict=True) if tree}
+
+
+def _places(config: ModelConfig, tree: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What `_by_place` has put together: of every place its own, {} where it has nothing."""
+    if len(config.pattern) == 1:
+        return (tree,)
+    return tuple(tree.get(name, {}) for name in _names(config))
+
+
+def _names(config: ModelConfig) -> list[str]:
+    return [f"{place}_{mixer}" for place, mixer in enumerate(config.pattern)]
+
+
+def _join(config: ModelConfig, carried: list[tuple[Any, ...]]) -> Any:
+    """What the layers of each place carry as the memory of a model."""
+    mixers = config.make_mixers()
+    joined = tuple(mixer.join(of) for mixer, of in zip(mixers, carried, strict=True))
+    return joined if len(joined) > 1 else joined[0]
+
+
+def _split(config: ModelConfig, memory: Any) -> list[tuple[Any, ...]]:
+    """The inverse of `_join`."""
+    mixers = config.make_mixers()
+    joined = memory if len(mixers) > 1 else (memory,)
+    return [mixer.split(of) for mixer, of in zip(mixers, joined, strict=True)]
+
+
 def _stack(per_layer: tuple[Any, ...]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)
 
@@ -208,5 +285,11 @@ def redraw_projections(config: ModelConfig, key: Key[Array, ""]) -> dict:
     The official toolkit draws one at every forward pass in training and keeps the last for
     evaluation; here the training step draws and stores it.
     """
-    drawn = jax.vmap(config.make_mixer().draw)(jax.random.split(key, config.n_layer))
-    return {"favor": {"layers": {"mixer": drawn}}} if drawn else {}
+    mixers = config.make_mixers()
+
+    def draw(place: int, keys: Array) -> dict:
+        drawn = jax.vmap(mixers[place].draw)(keys)
+        return {"mixer": drawn} if drawn else {}
+
+    drawn = _by_place(config, key, draw)
+    return {"favor": {"layers": drawn}} if drawn else {}

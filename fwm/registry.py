@@ -82,7 +82,8 @@ def missing(settings: Mapping[str, Any]) -> list[str]:
     chosen = {
         (table.field, name)
         for table in _tables
-        for key, name in settings.items()
+        for key, value in settings.items()
+        for name in (value if isinstance(value, tuple) else (value,))
         if key.rpartition(".")[2] == table.field and isinstance(name, str) and name
     }
     known = {(table.field, name) for table in _tables for name in table}

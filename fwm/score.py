@@ -164,7 +164,7 @@ def automatic_batch_size(config: ModelConfig, window: int) -> int:
     What a window needs at its peak is the inner activation of a feed-forward part, the
     projections of a mixer, and softmax scores where there are any, in float32.
     """
-    mixer = config.make_mixer().floats_per_token(window)
+    mixer = max(mixer.floats_per_token(window) for mixer in config.make_mixers())
     floats = window * (2 * config.d_inner + 8 * config.d_model + mixer)
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:

@@ -51,7 +51,7 @@ __all__ = ["Batch", "Run", "TrainState", "init_state", "prepare", "run", "train_
 
 # What each of several processes may have for itself. When they validate they must agree on.
 OWN_FIELDS = (
-    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
+    "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
     "train.profile_steps", "registered_in",
 )  # fmt: skip
 # What a process can ask of all: a checkpoint, or above it, by its number, what a signal asks.

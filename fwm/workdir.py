@@ -26,9 +26,10 @@ from fwm.version import written_by
 # What may differ when a run is resumed: where things are, what is reported, and what another
 # machine may need; none of it changes what the run is about.
 FREE_FIELDS = (
-    "data.dir", "data.cache_dir", "data.download", "report.", "eval.", "generate.", "model.dtype",
-    "train.batch_chunk", "train.eval_batch_size", "train.nan_policy", "train.profile_steps",
-    "train.eval_interval", "train.log_interval", "train.save_minutes", "registered_in",
+    "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
+    "model.dtype", "train.batch_chunk", "train.eval_batch_size", "train.nan_policy",
+    "train.profile_steps", "train.eval_interval", "train.log_interval", "train.save_minutes",
+    "registered_in",
 )  # fmt: skip
 # Of a run's beginning: a resumed one keeps them where they are not given again.
 BEGINNING = ("init_from", "init_checkpoint")
@@ -199,6 +200,8 @@ def config_of_run(workdir: Path, overrides: Mapping[str, Any]) -> ConfigDict:
                 f"an evaluation, which may change {', '.join(EVALUATION_FIELDS)}."
             )
     config = _read_config(workdir)
+    if overrides.keys() & {"data.dir", "data.file"}:  # Another text instead of the run's own.
+        config.data.dir = config.data.file = ""
     config.update_from_flattened_dict(overrides)
     return config.lock()
 

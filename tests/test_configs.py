@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ VARIANTS = {
     "performer_delta": ("fast_weight", "favor", "delta", "none"),
     "dpfp_sum": ("fast_weight", "dpfp", "sum", "output"),
     "dpfp_delta": ("fast_weight", "dpfp", "delta", "none"),
+    "hybrid": (("fast_weight",) * 3 + ("softmax",), "silu", "delta", "none"),
 }
 PRESETS = {
     # d_model, n_head, d_head, d_inner, n_layer; tgt_len, batch_size, max_step, warmup_step
@@ -43,6 +45,8 @@ def test_values_of_the_paper(variant, preset):
     mixer, *parts = VARIANTS[variant]
     c = build(variant, preset)
     sizes, training = PRESETS[preset]
+    if variant == "hybrid" and preset == "tiny":
+        sizes = (*sizes[:-1], 4)
     if variant == "transformer_xl" and preset == "medium":
         training = (384, 56, 200_000, 1000)
     m, t = c.model, c.train
@@ -50,7 +54,7 @@ def test_values_of_the_paper(variant, preset):
     if training is not None:
         assert (t.tgt_len, t.batch_size, t.max_step, t.warmup_step) == training
     assert m.mixer == mixer
-    if mixer == "fast_weight":
+    if "fast_weight" in mixer:
         assert [m.feature_map, m.update_rule, m.attn_normalization] == parts
     assert (m.performer_proj_dim, m.dpfp_n_roll) == (16, 2)
     assert (m.dropout, m.dropatt, t.clip, t.scheduler) == (0.1, 0.0, 0.25, "cosine")
@@ -62,7 +66,7 @@ def test_values_of_the_paper(variant, preset):
     assert m.mem_len == (t.tgt_len if variant == "transformer_xl" else 0)
 
     options = ["clamp_len=100", "dtype=bfloat16", "dropout=0.2"]
-    if mixer == "fast_weight":
+    if "fast_weight" in mixer:
         options += ["no_pos", "skip_attn_normalization", "carry_over_fast_weight"]
     elif mixer == "softmax":
         options += ["no_pos"]
@@ -95,11 +99,13 @@ def test_a_config_is_locked():
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
+        ("hybrid", "tiny,attention_window=0,carry_over_fast_weight", "for fast_weight and softmax"),
+        ("dpfp_delta", "tiny,mixer=('softmax',", "expected a str such as 'fast_weight'"),
         ("dpfp_delta", "large", "'large': expected one of tiny, small, medium"),
         ("dpfp_delta", "no_pos", "'no_pos': expected one of tiny, small, medium"),
         ("dpfp_delta", "tiny,", "unknown option ''.*no_pos, skip_attn_normalization, carry_over"),
         ("dpfp_delta", "tiny,nopos", "unknown option 'nopos'.*no_pos, skip_attn_normalization"),
-        ("dpfp_delta", "tiny,d_modell=3", r"'d_modell'.*\(attn_normalization, .*d_model, "),
+        ("dpfp_delta", "tiny,d_modell=3", r"'d_modell'.*\(att.*, attn_normalization, .*d_model, "),
         ("dpfp_delta", "tiny,d_model=abc", "'d_model=abc': expected a int such as 128"),
         ("dpfp_delta", "tiny,d_model=1.5", "'d_model=1.5': expected a int such as 128"),
         ("dpfp_delta", "tiny,no_pos=maybe", "'no_pos=maybe': expected a bool such as False"),
@@ -146,6 +152,23 @@ def test_what_is_refused(variant, options, message):
         ("dpfp_delta", "dropout=1.0", "dropout must be at least 0 and below 1, got 1.0"),
         ("dpfp_delta", "dropout=-0.1", "dropout must be at least 0 and below 1"),
         ("transformer", "same_length=True", "same_length has no meaning for softmax"),
+        ("dpfp_delta", "attention_window=4", "no meaning for fast_weight, it is a key of softmax"),
+        ("transformer", "attention_window=1", r"must be 0 \(a token sees all .* at least 2"),
+        ("transformer", "attention_window=-1", r"must be 0 \(a token sees all .* got -1"),
+        ("hybrid", "n_layer=6", "n_layer=6 is no multiple of the 4 layers of the pattern mixer="),
+        ("hybrid", "mixer=('softmax', 'lstm')", "'lstm': expected one of fast_weight, softmax, tr"),
+        ("hybrid", "mixer=()", r"names .* such as \('fast_weight', 'softmax'\), got \(\)"),
+        ("hybrid", "mixer=('softmax', 3)", r"got \('softmax', 3\)"),
+        (
+            "hybrid",
+            "same_length=True",
+            "no meaning for fast_weight and softmax, it is a key of tra",
+        ),
+        (
+            "hybrid",
+            "mixer=('softmax', 'transformer_xl')",
+            "softmax and transformer_xl cannot be mi",
+        ),
     ],
 )
 def test_what_the_model_refuses(variant, option, message):
@@ -166,6 +189,35 @@ def test_clusters_that_do_not_fit(cutoffs, tie_projs, message):
     fields = default.defaults().model.to_dict() | {"cutoffs": cutoffs, "tie_projs": tie_projs}
     with pytest.raises(UserError, match=message):
         build_config(fields, 1000)
+
+
+def test_a_pattern_of_mixers():
+    patterns = {
+        "tiny": ("fast_weight",) * 3 + ("softmax",),
+        "tiny,mixer=softmax,key_norm=": ("softmax",),
+        "tiny,mixer=('softmax', 'fast_weight')": ("softmax", "fast_weight"),
+        "tiny,n_layer=3,key_norm=,mixer=('softmax', 'softmax')": (
+            "softmax",
+        ),  # of one mixer there is none
+    }
+    for options, pattern in patterns.items():
+        model = build_config(build("hybrid", options).model.to_dict(), 100)
+        assert model.pattern == pattern
+        assert model.mixer == (pattern if len(pattern) > 1 else pattern[0])
+        saved = json.loads(json.dumps(build("hybrid", options).to_dict()))
+        assert build_config(saved["model"], 100) == model
+    config = build("hybrid")
+    config.model.mixer = ("softmax", "fast_weight")  # a config file may, and back to a name
+    config.model.mixer = "softmax"
+    model = build_config(build("hybrid").model.to_dict(), 100)
+    assert (model.carries(False), model.carries(True), model.carries_memory) == (False, True, True)
+    assert model.name_parts() == [
+        "silu", "delta", "none", "l2", "x3", "softmax", "window32"
+    ]  # fmt: skip
+    blind = build_config(build("hybrid", "tiny,attention_window=0").model.to_dict(), 100)
+    assert (blind.carries(False), blind.carries_memory) == (False, False)
+    with pytest.raises(UserError, match="no meaning for softmax, which carries nothing"):
+        blind.carries(True)
 
 
 def test_cutoffs_beyond_the_vocabulary_are_left_out():

@@ -44,6 +44,11 @@ def stop_after_the_first_step(monkeypatch):
 
 TASK = {"train__max_step": 4, "train__eval_interval": 2}
 OWN = {"own_rule": "update_rule", "own_mixer": "mixer", "own_feature_map": "feature_map"}
+# One's own mixer beside another one.
+HYBRID = {
+    "model__width": 3, "model__mixer": "('convolution', 'softmax')", "model__n_layer": 2,
+    "model__attention_window": 4,
+}  # fmt: skip
 
 
 def stopped_and_resumed(train, folder, monkeypatch, first, second, **changes):
@@ -75,7 +80,7 @@ def test_what_is_ones_own_is_trained_resumed_evaluated_and_writes(
     carry = {} if name == "own_feature_map" else {"train__carry_over_fast_weight": True}
     stopped_and_resumed(
         train, tmp_path, monkeypatch, file, file.name, model__no_pos=True,
-        **({"model__width": 3} if name == "own_mixer" else {}), **carry,
+        **(HYBRID if name == "own_mixer" else {}), **carry,
     )  # fmt: skip
     whole, given = f"--workdir={tmp_path / 'whole'}", f"--config={file}"
     places = [
@@ -92,8 +97,9 @@ def test_what_is_ones_own_is_trained_resumed_evaluated_and_writes(
 
     # Without its file: one sentence that says which one it is.
     table = {"own_rule": UPDATE_RULES, "own_mixer": MIXERS, "own_feature_map": FEATURE_MAPS}[name]
-    monkeypatch.delitem(table, json.loads((tmp_path / "whole" / "config.json").read_text())[
-        "model"][OWN[name]])  # fmt: skip
+    model = json.loads((tmp_path / "whole" / "config.json").read_text())["model"]
+    assert model["mixer"] == (["convolution", "softmax"] if name == "own_mixer" else "fast_weight")
+    monkeypatch.delitem(table, "convolution" if name == "own_mixer" else model[OWN[name]])
     status, out, err = call("--mode=valid", whole, *places)
     assert status == 2
     assert err.count("\n") == 1

@@ -33,7 +33,7 @@ def agrees(decoder, score):
     "fields",
     [
         dict(feature_map="elu", cutoffs=(10, 20)),
-        dict(mixer="softmax"),
+        dict(mixer=("fast_weight", "softmax"), attention_window=4),
     ],
 )
 def test_a_sliding_window_has_the_evaluators_probabilities(fields):
@@ -50,6 +50,7 @@ def test_a_sliding_window_has_the_evaluators_probabilities(fields):
         dict(feature_map="elu", update_rule="sum", attn_normalization="output"),  # with positions
         dict(mixer="transformer_xl", mem_len=WINDOW),
         dict(mixer="transformer_xl", mem_len=3),
+        dict(mixer=("fast_weight", "softmax"), attention_window=4, no_pos=True),
         dict(mixer="transformer_xl"),  # each segment by itself
     ],
 )

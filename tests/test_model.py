@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from fwm.errors import UserError
-from fwm.model import LanguageModel, ModelConfig, build_config, empty_memory, redraw_projections
+from fwm.model import (
+    LanguageModel,
+    ModelConfig,
+    build_config,
+    empty_memory,
+    make_block,
+    redraw_projections,
+)
 from fwm.ops.dropout import Dropout
 
 B, T, SPLIT, N_TOKEN = 2, 11, 7, 40
@@ -26,10 +33,18 @@ VARIANTS = {
     "transformer, no_pos": "no_pos",
     "linear_delta, output": "no_pos,attn_normalization=output",
     "dpfp_delta, output_and_key": "no_pos,attn_normalization=output_and_key",
+    "hybrid": "no_pos",
+    "transformer, window": "no_pos,attention_window=4",
     "linear_sum, pre": "no_pos,norm=pre,feature_map=silu,key_norm=l2,attn_normalization=none",
 }
 # Of each kind of mixer; what is tried on these only is the same for the others.
-ONE_OF_EACH = ("transformer", "transformer_xl", "performer_delta", "dpfp_delta, output_and_key")
+ONE_OF_EACH = (
+    "hybrid",
+    "transformer",
+    "transformer_xl",
+    "performer_delta",
+    "dpfp_delta, output_and_key",
+)
 SIZES = {
     "d_model": 16, "n_head": 2, "d_head": 4, "d_inner": 32, "n_layer": 2, "dropout": 0.25,
     "performer_proj_dim": 4,
@@ -44,6 +59,8 @@ def make(variant):
     fields = config.model.to_dict() | SIZES
     if name == "transformer_xl":
         fields |= {"mem_len": T + 1, "dropatt": 0.25}
+    if name == "hybrid":
+        fields |= {"n_layer": 4, "attention_window": 4, "feature_map": "favor", "norm": "pre_lnorm"}
     if variant == "dpfp_delta":
         fields |= {"cutoffs": (10, 20)}
     config = build_config(fields, N_TOKEN)
@@ -117,6 +134,41 @@ def test_variant(variant):
         jax.tree.map(same, memory, parts_memory)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(memory) == shapes(empty_memory(config, B))
+
+
+def test_a_hybrid_is_its_layers_one_after_the_other():
+    config, variables = make("hybrid")
+    config = dataclasses.replace(config, n_layer=8)
+    mixed, model = variables["params"]["layers"], LanguageModel(config)
+    twice = lambda tree: jax.tree.map(lambda x: jnp.concatenate([x, 0.8 * x]), tree)
+    variables = {
+        "params": variables["params"] | {"layers": twice(mixed)},
+        "favor": twice(variables["favor"]),
+    }
+    tokens, _ = draw()
+
+    @jax.jit
+    def both():
+        x = variables["params"]["embedding"]["table_0"][tokens] * config.d_model**0.5
+        for layer in range(8):
+            number, place = divmod(layer, 4)
+            name = f"{place}_{config.pattern[place]}"
+            own = {
+                of: jax.tree.map(lambda leaf, i=number: leaf[i], tree["layers"].get(name, {}))
+                for of, tree in variables.items()
+            }
+            x, _ = make_block(config, place).apply(own, x)
+        return x, model.apply(variables, tokens, method="hidden")[0]
+
+    one, other = both()
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+    # The keys of a layer are those of its number, whatever its mixer.
+    plain = dataclasses.replace(config, mixer="fast_weight", attention_window=0)
+    drawn, all_alike = (redraw_projections(c, jax.random.key(0)) for c in (config, plain))
+    np.testing.assert_array_equal(
+        drawn["favor"]["layers"]["1_fast_weight"]["mixer"]["projection"],
+        all_alike["favor"]["layers"]["mixer"]["projection"][1::4],
+    )
 
 
 @pytest.mark.parametrize("variant", ["transformer_xl", "performer_delta"])

@@ -1,5 +1,6 @@
 """A corpus: text as memory-mapped int32 streams with their vocabulary, prepared once."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from fwm.data import segments, tokens
+from fwm.data import segments, subwords, tokens
 from fwm.data.cache import build_once, cache_folder, file_digest
 from fwm.data.segments import ALL_ROWS, ShuffledSentences
-from fwm.data.sources import SPLITS, Source, label, layout, locate
-from fwm.data.vocabulary import UNK, Vocabulary
+from fwm.data.sources import CHARACTER_SETS, SPLITS, Source, label, layout, locate
+from fwm.data.vocabulary import TOKENIZER_FILE, UNK, Vocabulary
 from fwm.errors import UserError
 from fwm.files import expanded
 
@@ -27,8 +28,9 @@ FORMAT = 2
 class Corpus:
     """Streams of int32 indices by split, memory-mapped, and what they mean.
 
-    unit: `word`, or `character` (then bits per token are bits per character). sentences: the order
-    of the lines has no meaning and training shuffles them. warnings: sentences to show the user.
+    unit: `word`, `subword`, or `character` (then bits per token are bits per character). sentences:
+    the order of the lines has no meaning and training shuffles them. warnings: sentences to show
+    the user.
     """
 
     name: str
@@ -37,12 +39,14 @@ class Corpus:
     unit: str
     warnings: tuple[str, ...] = ()
     sentences: bool = False
-    # Of every split that was prepared: name, dir, digest of the tokens, tokens.
+    # Of every split that was prepared: name, dir (or file), digest of the tokens, tokens; words,
+    # characters and bytes where tokens are not words.
     texts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def _shuffled(self) -> ShuffledSentences:
-        return ShuffledSentences(self.streams["train"], self.vocab.index["<eos>"])
+        assert self.vocab.newline_id is not None
+        return ShuffledSentences(self.streams["train"], self.vocab.newline_id)
 
     def train_batch(
         self, step: int, batch_size: int, tgt_len: int, seed: int, rows: slice = ALL_ROWS
@@ -61,54 +65,80 @@ def load(
     name: str,
     *,
     dir: str = "",
+    file: str = "",
     cache_dir: str,
     vocab: Vocabulary | None = None,
     splits: Sequence[str] = SPLITS,
     download: bool = False,
+    tokenizer: str = "",
+    vocab_size: int = 0,
+    field: str = "text",
 ) -> Corpus:
     """Open a corpus, preparing it first if that has not been done.
 
     Args:
-      name: a known corpus, or with `dir` any name for a folder of words.
-      dir: a folder with the text; empty: the embedded corpus, or a download.
+      name: a known corpus, or with `dir` or `file` any name for a text.
+      dir: a folder with the text, split by the names in it, or a saved Hugging Face data set;
+        empty, as `file`: the embedded corpus, or a download.
+      file: one file with the text, which is split 90/5/5 by place.
       cache_dir: where prepared streams are kept, under a key of content and settings.
       vocab: encode with this vocabulary (a trained model's) instead of the training text's own.
       splits: the splits that are needed; the vocabulary does not depend on them.
       download: fetch the text if there is no `dir`.
+      tokenizer: `words`, `characters`, or `bpe`, whose subwords are found in the training split;
+        empty: `vocab`'s, else words, or as a character set is read.
+      vocab_size: how many subwords, the 256 bytes among them; 0: 8192.
+      field: which field of .jsonl, .parquet and saved data sets has the text.
 
     Raises:
       UserError: the text is not there, lacks a split, is empty, not UTF-8 or not of this kind, has
-        words that the given vocabulary cannot express, or the cache cannot be written.
+        words that the given vocabulary cannot express, a setting is without meaning for it, a
+        package that it needs is not installed, or the cache cannot be written.
     """
-    cache, dir = cache_folder(cache_dir), str(expanded(dir)) if dir else ""
-    source = locate(name, dir, cache, download)
+    cache = cache_folder(cache_dir)
+    dir, file = (str(expanded(path)) if path else "" for path in (dir, file))
+    theirs = "" if vocab is None or vocab.tokenizer == "words" else vocab.tokenizer
+    tokenizer = tokenizer or theirs
+    source = locate(name, dir, cache, download, file=file, tokenizer=tokenizer, field=field)
+    ours = tokenizer if tokenizer != "words" and name not in CHARACTER_SETS else ""
+    if vocab is not None and theirs != ours:
+        raise UserError(
+            f"The model reads {theirs or 'words'}, but config.data.tokenizer={tokenizer} reads"
+            f" {name} otherwise: leave it out."
+        )
+    if vocab_size and tokenizer != "bpe":
+        raise UserError(
+            f"config.data.vocab_size={vocab_size} is for config.data.tokenizer=bpe: leave it at 0."
+        )
+    where = dir or file
     needed = splits if vocab is not None else (*splits, "train")
     for split in needed:
         if split not in source.spans:
             raise UserError(
-                f"{dir or name} lacks the {split} split; expected {layout(name)}, but it has"
+                f"{where or name} lacks the {split} split; expected {layout(name)}, but it has"
                 f" {', '.join(Path(s.path).name for s in source.spans.values()) or 'none of them'}."
             )
-    for span in source.spans.values():
+    for split, span in source.spans.items():
         if span.start == span.stop:
-            raise UserError(f"{span.path} is empty; expected {source.unit}s to read.")
+            raise UserError(f"{source.where(split)} is empty; expected {source.unit}s to read.")
 
     # The streams of the text's own vocabulary serve a given one too if it is the same: a resumed or
     # evaluated run finds what its training prepared.
-    entry = cache / _key(source, SPLITS, None, cache)
-    made = entry / "vocab.txt"
-    if vocab is None or (made.exists() and made.read_text("utf-8") == vocab.text()):
-        build_once(entry, lambda folder: _prepare(source, SPLITS, None, folder))
+    entry = cache / _key(source, SPLITS, None, cache, vocab_size)
+    prepare = functools.partial(_prepare, source, vocab_size=vocab_size)
+    if vocab is None or _made(entry) == (vocab.text(), vocab.bpe):
+        build_once(entry, lambda folder: prepare(SPLITS, None, folder))
     else:
         entry = cache / _key(source, splits, vocab, cache)
-        build_once(entry, lambda folder: _prepare(source, splits, vocab, folder))
+        build_once(entry, lambda folder: prepare(splits, vocab, folder))
     if vocab is None:
         # Our own file, written whole: the checks of Vocabulary.load would double the time.
-        vocab = Vocabulary(tuple(made.read_text("utf-8").split()))
+        text, bpe = _made(entry)
+        vocab = Vocabulary(tuple(text.split()), bpe)
     meta = json.loads((entry / "meta.json").read_text())
     # The same text may lie in several folders, so that the paths are not part of what is kept.
-    warnings = {split: f"{source.spans[split].path}: {w}" for split, w in meta["warnings"].items()}
-    shown = label(name, dir)
+    warnings = {split: f"{source.where(split)}: {w}" for split, w in meta["warnings"].items()}
+    shown = label(name, dir, file)
     return Corpus(
         name=shown,
         vocab=vocab,
@@ -117,13 +147,27 @@ def load(
         warnings=tuple(warnings[split] for split in splits if split in warnings),
         sentences=name.removeprefix("tfds:") == "lm1b",
         texts={
-            split: {"name": shown, "dir": dir, "digest": digest, "tokens": meta["tokens"][split]}
+            split: {"name": shown, "dir": where, "digest": digest, "tokens": meta["tokens"][split]}
+            | meta.get("sizes", {}).get(split, {})
             for split, digest in meta["digests"].items()
         },
     )
 
 
-def _key(source: Source, splits: Sequence[str], vocab: Vocabulary | None, cache: Path) -> str:
+def _made(entry: Path) -> tuple[str, str]:
+    """The vocabulary in the cache, as text, and the tokenizer of subwords; empty where none is."""
+    files = (entry / "vocab.txt", entry / TOKENIZER_FILE)
+    text, bpe = (path.read_text("utf-8") if path.exists() else "" for path in files)
+    return text, bpe
+
+
+def _key(
+    source: Source,
+    splits: Sequence[str],
+    vocab: Vocabulary | None,
+    cache: Path,
+    vocab_size: int = 0,
+) -> str:
     content = [
         [split, span.form, span.start, span.stop, file_digest(span.path, cache)]
         for split, span in source.spans.items()
@@ -132,20 +176,35 @@ def _key(source: Source, splits: Sequence[str], vocab: Vocabulary | None, cache:
     symbols = (
         None if vocab is None else hashlib.sha256("\n".join(vocab.symbols).encode()).hexdigest()
     )
-    key = json.dumps([FORMAT, source.unit, source.min_count, content, symbols])
+    settings = [FORMAT, source.unit, source.min_count, content, symbols]
+    if source.unit == "subword":
+        bpe = None if vocab is None else hashlib.sha256(vocab.bpe.encode()).hexdigest()
+        settings += [vocab_size or subwords.VOCAB_SIZE, bpe]
+    key = json.dumps(settings)
     return "tokens-" + hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def _prepare(source: Source, splits: Sequence[str], vocab: Vocabulary | None, folder: Path) -> None:
-    spans = {split: span for split, span in source.spans.items() if split in splits}
-    parts = {split: tokens.encode_span(span, folder, split) for split, span in spans.items()}
-    counts = {split: tokens.count(parts[split]) for split in spans}
-    for split, span in spans.items():
-        if not counts[split]:
-            raise UserError(f"{span.path} is empty; expected {source.unit}s to read.")
-
+def _prepare(
+    source: Source,
+    splits: Sequence[str],
+    vocab: Vocabulary | None,
+    folder: Path,
+    *,
+    vocab_size: int,
+) -> None:
     given = vocab is not None
-    if vocab is None and source.unit == "character":
+    spans = {split: span for split, span in source.spans.items() if split in splits}
+    form = next(span.form for span in spans.values())
+    if vocab is None and form == "bpe":
+        bpe = subwords.train(tokens.span_texts(spans["train"]), vocab_size)
+        vocab = Vocabulary(subwords.symbols(bpe), bpe)
+    parts = {split: tokens.encode_span(span, folder, split, vocab) for split, span in spans.items()}
+    counts = {split: tokens.count(parts[split]) for split in spans}
+    for split in spans:
+        if not any(counts[split].values()):
+            raise UserError(f"{source.where(split)} is empty; expected {source.unit}s to read.")
+
+    if vocab is None and source.unit == "character" and form != "characters":
         _check_characters(source, counts)
         # As the official code does; a character model has no <unk>.
         vocab = Vocabulary.from_counts(
@@ -156,7 +215,7 @@ def _prepare(source: Source, splits: Sequence[str], vocab: Vocabulary | None, fo
         if len(kept) < len(counts["train"]):
             rare = sum(counts["train"].values()) - sum(kept.values())
             kept[UNK] = kept.get(UNK, 0) + rare
-        vocab = Vocabulary.from_counts(kept)
+        vocab = Vocabulary.from_counts(kept, eos=source.unit == "word")
     missing = {
         split: [word for word in counts[split] if word not in vocab.index] for split in spans
     }
@@ -164,7 +223,7 @@ def _prepare(source: Source, splits: Sequence[str], vocab: Vocabulary | None, fo
         if given:
             split, words = next((s, words) for s, words in missing.items() if words)
             raise UserError(
-                f"{spans[split].path} has {len(words)} symbols that the model's vocabulary lacks,"
+                f"{source.where(split)} has {len(words)} symbols that the model's vocabulary lacks,"
                 f" which has no <unk>; the first is {words[0]!r}; use text like the training's."
             )
         vocab = Vocabulary((*vocab.symbols, UNK))
@@ -173,7 +232,8 @@ def _prepare(source: Source, splits: Sequence[str], vocab: Vocabulary | None, fo
         added = ""
     warnings = {
         split: f"{sum(counts[split][word] for word in words)} occurrences of"
-        f" {len(words)} different words that the training text lacks (the first is {words[0]!r})"
+        f" {len(words)} different {source.unit}s that the training text lacks (the first is"
+        f" {vocab.shown(words[0])})"
         f" are read as <unk>{added}."
         for split, words in missing.items()
         if words and source.min_count == 1
@@ -196,6 +256,7 @@ def _prepare(source: Source, splits: Sequence[str], vocab: Vocabulary | None, fo
         "tokens": {split: size for split, (size, _) in written.items()},
         "digests": {split: digest for split, (_, digest) in written.items()},
         "warnings": warnings,
+        "sizes": {split: parts[split][0].sizes for split in spans},
     }
     (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -211,9 +272,8 @@ def _spaceless(counts: Mapping[str, int]) -> str:
         return ""
     return (
         f"its words, which are what lies between white space, have {n_character / n_word:.0f}"
-        " characters on average, as if there were no spaces: use characters as the unit, with"
-        " spaces between them, or the text as one file `enwik8` and --config.data.name=enwik8,"
-        " which reads bytes."
+        " characters on average, as if there were no spaces: read it with"
+        " --config.data.tokenizer=characters or bpe."
     )
 
 

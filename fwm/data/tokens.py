@@ -4,7 +4,9 @@ Every word gets a provisional index in the order of its first occurrence; the vo
 after the last word, then maps them to their final indices with one table lookup per token.
 """
 
+import codecs
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -13,15 +15,18 @@ import sys
 from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from fwm.data.vocabulary import EOS
+from fwm.data import subwords
+from fwm.data.vocabulary import EOS, Vocabulary, code_point
 from fwm.errors import UserError
 
 BLOCK_BYTES = 1 << 19
+TEXT_BYTES = 1 << 16  # smaller, as some of what reads text needs a hundred bytes a character
 # Below this a second process costs more than it saves.
 PARALLEL_BYTES = 1 << 24
 # What ends a word or line beside the space, the newline and the tab, and the byte that pads words.
@@ -30,6 +35,8 @@ SHIFT = np.uint64(44)
 SLOTS = 1 << 20
 MASKS = np.array([(1 << 8 * length) - 1 for length in range(9)], np.uint64)
 MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
+SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], np.uint32)
+CHARACTERS = 0x110000  # code points there are
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class Span:
     """The bytes [start, stop) of a file and how they are read.
 
     form: `lines` (words with one `<eos>` per line), `codes` (lower-cased symbols between white
-    space, no `<eos>`), `bytes` (every byte a symbol, its decimal code) or `letters` (the same, the
-    character itself with `_` for the space).
+    space, no `<eos>`), `bytes` (every byte a symbol, its decimal code), `letters` (the same, the
+    character itself with `_` for the space), `characters` (code points, newlines among them) or
+    `bpe` (subwords).
     """
 
     path: str
@@ -49,11 +57,72 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """A span in provisional indices, the int32 file `ids`; `words[i]` occurs `counts[i]` times."""
+    """A span in provisional indices, the int32 file `ids`; `words[i]` occurs `counts[i]` times.
+
+    sizes: of its text, where tokens are not words: `words` (ends of lines included, as a set of
+    words has them), `characters`, `bytes`.
+    """
 
     words: list[str]
     counts: np.ndarray
     ids: Path
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+def texts(file: IO[bytes], name: str, length: int = -1) -> Iterator[str]:
+    """Yield what a file has from here on, `length` bytes, in pieces of text.
+
+    A byte order mark at the beginning is left out, and every line ends with a newline alone.
+
+    Raises:
+      UserError: it is not UTF-8; the file is called `name`.
+    """
+    begin = position = file.tell()
+    left = length if length >= 0 else sys.maxsize
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    first = begin == 0
+    while True:
+        block = file.read(min(TEXT_BYTES, left))
+        position, left = position + len(block), left - len(block)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf8(name, position - len(error.object) + error.start)) from None
+        if first and text:
+            text, first = text.removeprefix("\ufeff"), False
+        if text:
+            yield text
+        if not block:
+            return
+
+
+def _not_utf8(name: str, position: int) -> str:
+    return f"{name} is not UTF-8 text: byte {position} cannot be read; convert the file to UTF-8."
+
+
+def span_texts(span: Span) -> Iterator[str]:
+    """The `texts` of a span."""
+    with open(span.path, "rb") as file:
+        file.seek(span.start)
+        yield from texts(file, span.path, span.stop - span.start)
+
+
+def _measured(span: Span, sizes: dict[str, int]) -> Iterator[str]:
+    """The texts of a span; at the end `sizes` has its words, characters and bytes."""
+    sizes |= {"words": 0, "characters": 0, "bytes": 0}
+    between, text = True, "\n"
+    for text in span_texts(span):
+        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        space = np.isin(codes, SPACES)
+        begins = ~space & np.concatenate([[between], space[:-1]])
+        between = bool(space[-1])
+        sizes["words"] += int(begins.sum()) + int((codes == ord("\n")).sum())
+        sizes["characters"] += len(codes)
+        sizes["bytes"] += len(text.encode("utf-8"))
+        yield text
+    # As in a set of words, the last line of a file ends there.
+    if span.stop == os.path.getsize(span.path) and not text.endswith("\n"):
+        sizes["words"] += 1
 
 
 def _pieces(span: Span) -> Iterator[tuple[bytes, str]]:
@@ -65,18 +134,17 @@ def _pieces(span: Span) -> Iterator[tuple[bytes, str]]:
         file.seek(position)
         while position + len(rest) < span.stop:
             unread = span.stop - position - len(rest)
-            rest += file.read(min(BLOCK_BYTES, unread))
+            # As much again where no white space was found: what is read is not copied forever.
+            size = max(BLOCK_BYTES, len(rest))
+            rest += file.read(min(size, unread))
             # In UTF-8 these two bytes are never part of another character.
             cut = 1 + max(rest.rfind(b"\n"), rest.rfind(b" "))
-            if unread <= BLOCK_BYTES:
+            if unread <= size:
                 cut = len(rest)
             try:
                 text = rest[:cut].decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{span.path} is not UTF-8 text: byte {position + error.start} cannot be read;"
-                    " convert the file to UTF-8."
-                ) from None
+                raise UserError(_not_utf8(span.path, position + error.start)) from None
             yield rest[:cut], text
             position, rest = position + cut, rest[cut:]
 
@@ -172,6 +240,33 @@ def _encode_bytes(span: Span, ids: Path) -> Part:
     return Part([str(code) for code in codes], counts, ids)
 
 
+def _encode_characters(span: Span, ids: Path) -> Part:
+    table, counts = np.full(CHARACTERS, -1, np.int32), np.zeros(0, np.int64)
+    words: list[str] = []
+    sizes: dict[str, int] = {}
+    with open(ids, "wb") as file:
+        for text in _measured(span, sizes):
+            codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+            new, first = np.unique(codes[table[codes] < 0], return_index=True)
+            new = new[np.argsort(first)]
+            table[new] = np.arange(len(words), len(words) + len(new))
+            words += [code_point(code) for code in new.tolist()]
+            block = table[codes]
+            old, counts = counts, np.bincount(block, minlength=len(words))
+            counts[: len(old)] += old
+            file.write(block.data)
+    return Part(words, counts, ids, sizes)
+
+
+def _encode_subwords(span: Span, ids: Path, vocab: Vocabulary) -> Part:
+    counts, sizes = np.zeros(len(vocab), np.int64), dict[str, int]()
+    with open(ids, "wb") as file:
+        for block in subwords.encode(vocab.bpe, _measured(span, sizes)):
+            counts += np.bincount(block, minlength=len(vocab))
+            file.write(block.data)
+    return Part(list(vocab.symbols), counts, ids, sizes)
+
+
 def _split(span: Span, parts: int) -> list[Span]:
     """Cut a span after white space into about equal parts."""
     borders = [span.start]
@@ -199,8 +294,10 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def encode_span(span: Span, folder: Path, name: str) -> list[Part]:
+def encode_span(span: Span, folder: Path, name: str, vocab: Vocabulary | None = None) -> list[Part]:
     """Encode a span into files `name.*` of the folder, with one process per core if it is large.
+
+    `vocab` has the subwords of the form `bpe`; all other forms find their symbols.
 
     Raises:
       UserError: the text is not UTF-8, or not of this form.
@@ -208,6 +305,14 @@ def encode_span(span: Span, folder: Path, name: str) -> list[Part]:
     """
     if span.form in ("bytes", "letters"):
         return [_encode_bytes(span, folder / f"{name}.0.ids")]
+    if span.form == "characters":
+        return [_encode_characters(span, folder / f"{name}.0.ids")]
+    if span.form == "bpe":
+        if vocab is None:
+            raise ValueError(
+                "a text is encoded into the subwords of a vocabulary, but none is given"
+            )
+        return [_encode_subwords(span, folder / f"{name}.0.ids", vocab)]
     if span.stop - span.start < PARALLEL_BYTES:
         return [_encode_words(span, folder / f"{name}.0.ids")]
     # Plain subprocesses: forking after JAX has started threads may hang, and the spawn method of

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fwm.data import subwords
 from fwm.errors import UserError
 
 EOS = "<eos>"
 UNK = "<unk>"
+CODE = "U+"  # `U+0065`: a character by its code point, as white space has no place in a symbol
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,13 @@ class Vocabulary:
     """Symbols in the order of their indices: `vocab.symbols[id]`, `vocab.index[symbol]`.
 
     Word sets begin with `<eos>`, which ends every line. Character sets have none: their symbols are
-    either the decimal codes of bytes (enwik8) or characters with `_` for the space (text8).
+    the decimal codes of bytes (enwik8), characters with `_` for the space (text8), or characters by
+    their code points (`U+0065`, any other text). Subwords are those of a byte-level BPE, with
+    every byte among them; `bpe` is its `tokenizer.json`, empty for all other sets.
     """
 
     symbols: tuple[str, ...]
+    bpe: str = ""
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], *, eos: bool = True) -> "Vocabulary":
@@ -56,25 +62,46 @@ class Vocabulary:
         return self.symbols.index(UNK) if UNK in self.symbols else None
 
     @cached_property
+    def tokenizer(self) -> str:
+        """What reads a text into these symbols: `words`, `characters`, `bpe`.
+
+        Empty for the sets that have their own way (enwik8, text8, and tasks that read no text).
+        """
+        if self.eos_id is not None:
+            return "words"
+        if self.index.keys() >= subwords.BYTES:
+            return "bpe"
+        characters = [symbol for symbol in self.symbols if symbol != UNK]
+        coded = all(symbol.startswith(CODE) for symbol in characters)
+        return "characters" if characters and coded else ""
+
+    @cached_property
+    def newline_id(self) -> int | None:
+        """The index of the symbol that ends a line, None where there is none."""
+        names = {"words": EOS, "characters": f"{CODE}000A", "bpe": subwords.NEWLINE}
+        return self.index.get(names.get(self.tokenizer, "10" if self._bytes else ""))
+
+    @cached_property
     def _bytes(self) -> bool:
         return all(symbol.isascii() and symbol.isdigit() for symbol in self.symbols)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one symbol per line, atomically."""
+        """Write one symbol per line, and for subwords `tokenizer.json` beside it, atomically."""
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(self.text())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        tokenizer = path.with_name(TOKENIZER_FILE)
+        if self.bpe:
+            _write(tokenizer, self.bpe)
+        else:
+            tokenizer.unlink(missing_ok=True)
+        _write(path, self.text())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
         """Read what `save` wrote.
 
         Raises:
-          UserError: the file is missing or not UTF-8, or a line is empty, repeated or two words.
+          UserError: the file is missing or not UTF-8, or a line is empty, repeated or two words;
+            of subwords, `tokenizer.json` is missing or of others.
         """
         try:
             content = Path(path).read_bytes().decode("utf-8-sig")
@@ -92,7 +119,16 @@ class Vocabulary:
                 f"The vocabulary file {path} is damaged: expected one symbol without white space"
                 " per line, none twice; restore it."
             )
-        return vocab
+        if vocab.tokenizer != "bpe":
+            return vocab
+        tokenizer = Path(path).with_name(TOKENIZER_FILE)
+        bpe = tokenizer.read_text("utf-8", "replace") if tokenizer.is_file() else ""
+        if subwords.symbols(bpe) != vocab.symbols:
+            raise UserError(
+                f"{tokenizer} is missing, damaged or not that of the subwords in {path}; restore"
+                " both as the training wrote them."
+            )
+        return cls(vocab.symbols, bpe)
 
     def text(self) -> str:
         """Return what `save` writes: one symbol per line."""
@@ -103,17 +139,26 @@ class Vocabulary:
 
         Word sets: words are split at white space and every newline is one `<eos>`; with `add_eos`
         a last line without a newline gets its `<eos>` too (a prompt wants `add_eos=False`). Words
-        outside the vocabulary become `<unk>`. Character sets: the bytes or letters of the text.
+        outside the vocabulary become `<unk>`. Character sets: the bytes, letters or characters of
+        the text, newlines among them. Subwords: those of its bytes, of which none is unknown.
 
         Raises:
-          UserError: a symbol is unknown and the vocabulary has no `<unk>`.
+          UserError: a symbol is unknown and the vocabulary has no `<unk>`, or subwords without the
+            package `tokenizers`.
         """
+        if self.tokenizer in ("characters", "bpe"):
+            # A command line's bytes that are no UTF-8 come as surrogates.
+            text = text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+        if self.tokenizer == "bpe":
+            return np.array(subwords.load(self.bpe).encode(text).ids, np.int32)
         if self.eos_id is not None:
             ends_open = add_eos and not text.endswith("\n")
             symbols: Sequence[str] = (text + "\n" * ends_open).replace("\n", f" {EOS} ").split()
         elif self._bytes:
             # A command line's bytes that are no UTF-8 come as surrogates.
             symbols = [str(code) for code in text.encode("utf-8", errors="surrogateescape")]
+        elif self.tokenizer == "characters":
+            symbols = [code_point(ord(character)) for character in text]
         else:
             symbols = list(text.lower().replace(" ", "_"))
         ids = [self.index.get(symbol, self.unk_id) for symbol in symbols]
@@ -125,11 +170,40 @@ class Vocabulary:
         return np.array(ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Turn indices into text: the inverse of `encode(text, add_eos=False)` but for spaces."""
+        """Turn indices into text: the inverse of `encode(text, add_eos=False)`.
+
+        Of words all but the spaces; an unknown character is `\ufffd`.
+        """
         symbols = [self.symbols[int(i)] for i in ids]
         if self.eos_id is not None:
             words = ["\n" if symbol == EOS else symbol for symbol in symbols]
             return " ".join(words).replace(" \n", "\n").replace("\n ", "\n")
-        if self._bytes:
-            return bytes(map(int, symbols)).decode("utf-8", errors="replace")
+        if self.tokenizer == "characters":
+            return "".join("\ufffd" if s == UNK else chr(int(s[len(CODE) :], 16)) for s in symbols)
+        if self.tokenizer == "bpe" or self._bytes:
+            return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")
         return "".join(symbols).replace("_", " ")
+
+    def shown(self, symbol: str) -> str:
+        """A symbol in a message: a character as itself."""
+        coded = self.tokenizer == "characters" and symbol.startswith(CODE)
+        return repr(chr(int(symbol[len(CODE) :], 16)) if coded else symbol)
+
+    def bytes_of(self, i: int | np.integer) -> bytes:
+        """The bytes that an index stands for, where symbols are bytes or subwords."""
+        symbol = self.symbols[int(i)]
+        return bytes([int(symbol)]) if self._bytes else subwords.to_bytes(symbol)
+
+
+def code_point(code: int) -> str:
+    """The symbol of a character."""
+    return f"{CODE}{code:04X}"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

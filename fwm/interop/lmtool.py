@@ -126,7 +126,7 @@ def arguments_to_lmtool(config: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: the official toolkit has no such model.
     """
-    c, mixer = config, config.make_mixer()
+    c, mixer = config, config.make_mixers()[0]
     if c.key_norm == UPDATE_RULES[c.update_rule].key_norm:  # The rule's own, by its name.
         plain: dict[str, Any] = {"key_norm": ""}
         c = dataclasses.replace(c, **plain)
@@ -230,7 +230,7 @@ MIXERS = {"fast_weight": _fast_weight, "softmax": _softmax, "transformer_xl": _t
 def _attention(c: ModelConfig, layer: str) -> Iterator[Entry]:
     n, h, d = c.n_head, c.d_head, c.d_model
     prefix = f"{layer}.dec_attn."
-    yield from MIXERS[c.mixer](c, prefix)
+    yield from MIXERS[c.pattern[0]](c, prefix)
     yield Entry(
         (f"{prefix}o_net.weight",),
         ("mixer", "out", "kernel"),
@@ -275,7 +275,7 @@ def _vocabulary(c: ModelConfig) -> Iterator[Entry]:
 
 def _outside_layers(c: ModelConfig) -> Iterator[Entry]:
     yield from _vocabulary(c)
-    for name in c.make_mixer().shared_shapes():
+    for name in c.make_mixers()[0].shared_shapes():
         yield _same(name, name)
 
 

@@ -48,7 +48,6 @@ class Mixer(nn.Module):
             fast weight layers, both the residual and what the mixer reads are the normalised x.
     """
 
-    carries: ClassVar[Literal["never", "asked", "always"]] = "never"
     adds_positions: ClassVar[bool] = True
 
     def __call__(
@@ -62,6 +61,11 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Array, "B _ D"], Any]:
         """See the class."""
         raise NotImplementedError
+
+    @property
+    def carries(self) -> Literal["never", "asked", "always"]:
+        """See the class."""
+        return "never"
 
     @property
     def norms_itself(self) -> bool:

@@ -24,9 +24,11 @@ def causal_attention(
     v: Float[Array, "B S N H"],
     *,
     scale: float,
+    window: int = 0,
+    segment_ids: Int[Array, "B S"] | None = None,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T) v, a token seeing itself and all before it; softmax in float32.
+    """softmax(scale q k^T) v, a token seeing itself and what is before it; softmax in float32.
 
     The T queries are those of the last T of the S tokens.
 
@@ -35,20 +37,31 @@ def causal_attention(
         k: keys.
         v: values.
         scale: factor of the scores, 1 / sqrt(H) in the paper.
+        window: how many tokens a token sees at most, its own included; 0: all.
+        segment_ids: a token sees those with its own id only; None: all have the same.
         dropout: applied to the weights [B, N, T, S] before they are divided by their sum, all in
             one piece.
     """
     check("causal_attention", q=(q, "B T N H"), k=(k, "B S N H"), v=(v, "B S N H"))
+    if segment_ids is not None:
+        check("causal_attention", k=(k, "B S N H"), segment_ids=(segment_ids, "B S", jnp.integer))
     length, n_before = q.shape[1], k.shape[1] - q.shape[1]
     # Heads before time, as arrays of their own: XLA's CPU backend is three times slower at small
     # products whose batch axes lie apart.
     q, k, v = jax.lax.optimization_barrier(tuple(x.swapaxes(1, 2) for x in (q, k, v)))
 
-    def block(q, k, v, start):
+    def block(q, k, v, ids, start, first):
+        """Of queries from the place `start` and keys from `first` on, among the S tokens."""
         scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=_accumulator(q)) * scale
         n_query, n_key = scores.shape[-2:]
-        seen = jnp.arange(n_key)[None, :] <= n_before + start + jnp.arange(n_query)[:, None]
-        scores = jnp.where(seen[None, None], scores, jnp.finfo(scores.dtype).min)
+        query, key = start + jnp.arange(n_query)[:, None], first + jnp.arange(n_key)[None, :]
+        seen = (key <= query)[None]
+        if window:
+            seen &= (key > query - window)[None]
+        if ids is not None:
+            own, theirs = ids[:, start : start + n_query], ids[:, first : first + n_key]
+            seen = seen & (own[:, :, None] == theirs[:, None, :])
+        scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         total = weights.sum(axis=-1, keepdims=True)
         if dropout is not None:
@@ -60,13 +73,14 @@ def causal_attention(
         return (out / total).astype(v.dtype)
 
     if dropout is not None:
-        return block(q, k, v, 0).swapaxes(1, 2)
+        return block(q, k, v, segment_ids, n_before, 0).swapaxes(1, 2)
     blocks = []
     for start in range(0, length, _QUERY_BLOCK):
         stop = min(start + _QUERY_BLOCK, length)
-        part = jax.checkpoint(partial(block, start=start))
-        end = n_before + stop
-        blocks.append(part(q[:, :, start:stop], k[:, :, :end], v[:, :, :end]))
+        first = max(0, n_before + start + 1 - window) if window else 0
+        part = jax.checkpoint(partial(block, start=n_before + start, first=first))
+        seen = slice(first, n_before + stop)
+        blocks.append(part(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], segment_ids))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 

@@ -20,8 +20,10 @@ class Text(Task):
 
     def __init__(self, config: Any, splits: Sequence[str], vocab: data.Vocabulary | None = None):
         self._train, self._seed = config.train, config.seed
-        where = {key: config.data[key] for key in ("dir", "cache_dir", "download")}
-        self.corpus = data.load(config.data.name, vocab=vocab, splits=splits, **where)
+        d = config.data
+        keys = ("dir", "file", "cache_dir", "download", "tokenizer", "vocab_size", "field")
+        settings = {key: d[key] for key in keys}
+        self.corpus = data.load(d.name, vocab=vocab, splits=splits, **settings)
         self.vocab, self.unit = self.corpus.vocab, self.corpus.unit
         self.warnings, self.texts = self.corpus.warnings, self.corpus.texts
         self.size = len(self.corpus.streams["train"]) if "train" in splits else 0

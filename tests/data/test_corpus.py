@@ -196,7 +196,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
 def test_words_that_are_whole_lines_are_told(tmp_path, text, warned):
     found = load(tmp_path, dir=folder(tmp_path / "text", text, text, text)).warnings
     assert len(found) == warned
-    assert all("train.txt: its words" in w and "use characters as the unit" in w for w in found)
+    assert all(
+        "train.txt: its words" in w and "data.tokenizer=characters or bpe" in w for w in found
+    )
 
 
 def test_a_warning_names_the_file_that_is_read(tmp_path):

@@ -22,25 +22,35 @@ def draw(*shapes):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("length", [1, 50, 300])
-def test_causal_attention(length):
+@pytest.mark.parametrize(("length", "window"), [(1, 0), (50, 0), (300, 0), (1, 2), (150, 40)])
+def test_causal_attention(length, window):
     q, k, v = draw(*[(2, length, 2, 4)] * 3)
-    expected = np.zeros(v.shape)
+    ids = np.cumsum(np.random.default_rng(1).random((2, length)) < 0.02, axis=1)
+    plain, parted = np.zeros(v.shape), np.zeros(v.shape)
     q_, k_, v_ = map(np.float64, (q, k, v))
     for b, t, n in np.ndindex(2, length, 2):
-        weights = softmax(0.5 * k_[b, : t + 1, n] @ q_[b, t, n])
-        expected[b, t, n] = weights @ v_[b, : t + 1, n]
-    actual = jax.jit(partial(causal_attention, scale=0.5))(q, k, v)
-    assert relative_error(actual, expected) < 1e-6
+        seen = np.arange(max(0, t + 1 - window) if window else 0, t + 1)
+        for out, keys in ((plain, seen), (parted, seen[ids[b, seen] == ids[b, t]])):
+            weights = softmax(0.5 * k_[b, keys, n] @ q_[b, t, n])
+            out[b, t, n] = weights @ v_[b, keys, n]
+    attend = jax.jit(partial(causal_attention, scale=0.5, window=window))
+    assert relative_error(attend(q, k, v), plain) < 1e-6
+    assert relative_error(attend(q, k, v, segment_ids=jnp.asarray(ids)), parted) < 1e-6
+    # The queries of the last tokens alone.
+    assert relative_error(attend(q[:, length // 2 :], k, v), plain[:, length // 2 :]) < 1e-6
 
 
-def test_causal_attention_in_blocks_equals_one_piece():
-    q, k, v, dout = draw(*[(2, 300, 2, 4)] * 4)
+@pytest.mark.parametrize("window", [0, 70])
+def test_causal_attention_in_blocks_equals_one_piece(window):
+    q, k, v, dout = draw(*[(2, 200, 2, 4)] * 4)
+    ids = jnp.arange(400).reshape(2, 200) // 130 if window else None
 
     @partial(jax.jit, static_argnums=0)
     def run(dropout):
         out, pull = jax.vjp(
-            lambda *x: causal_attention(*x, scale=0.5, dropout=dropout),
+            lambda *x: causal_attention(
+                *x, scale=0.5, window=window, segment_ids=ids, dropout=dropout
+            ),
             *map(jnp.asarray, (q, k, v)),
         )
         return [out, *pull(dout)]
