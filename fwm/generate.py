@@ -96,7 +96,7 @@ def feed(
 ) -> tuple[Float[Array, " V"], Context]:
     """Read one more token: log p of every next word, [n_token] float32, and the new context."""
     if not isinstance(token, jax.Array):
-        checked_ids("the token", token, decoder.model.config.n_token, 0)
+        checked_ids("the token", [token], decoder.model.config.n_token)
     step, _ = _compiled(decoder.model)
     return step(decoder.variables, context, jnp.asarray(token, jnp.int32))
 
