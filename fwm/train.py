@@ -26,6 +26,7 @@ from fwm import parallel
 from fwm import workdir as workdirs
 from fwm.checkpoint import Checkpoints
 from fwm.config import build_config
+from fwm.data import Vocabulary
 from fwm.errors import UserError
 from fwm.files import expanded, flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
@@ -201,7 +202,8 @@ def prepare(
         with parallel.together():
             _check(config)
             schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step, t.decay_step)
-            task = TASKS[c.task](config, ("train", "valid"))
+            begun = Checkpoints(workdir / "checkpoints").latest_step() is not None
+            task = TASKS[c.task](config, ("train", "valid"), _subwords(c, workdir, begun))
             # Both refuse what does not fit.
             task.batch(0, parallel.rows(t.batch_size))
             model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
@@ -212,7 +214,6 @@ def prepare(
             carries = carries and all(leaf.size for leaf in jax.tree.leaves(empty))
             rows = t.batch_size if carries else 0
             init = functools.partial(init_state, model, optimizer, c.seed, rows)
-            begun = Checkpoints(workdir / "checkpoints").latest_step() is not None
             # A run that has begun needs the other one no more.
             other = _weights_of_another(c, init, model, task) if c.init_from and not begun else None
             planned = t.max_step
@@ -287,12 +288,30 @@ class _Borrowed(NamedTuple):
     origin: dict[str, Any]  # to be remembered
 
 
+def _subwords(c: Any, workdir: Path, begun: bool) -> Vocabulary | None:
+    """Those of the run whose weights were or are to be the first ones; None: the text's own.
+
+    Words and characters can be matched with those of another text, but a text has to be cut into
+    subwords as it was for the weights.
+    """
+    if begun:
+        folder = workdir if saved_config(workdir)["init_from"] else None
+    else:
+        folder = expanded(c.init_from) if c.init_from else None
+    if folder is None:
+        return None
+    workdirs.check_holds_run(folder)
+    vocab = Vocabulary.load(folder / "vocab.txt")
+    return vocab if vocab.bpe else None
+
+
 def _weights_of_another(
     c: Any, init: Callable[[], TrainState], model: LanguageModel, task: Task
 ) -> _Borrowed:
     folder = expanded(c.init_from).absolute()
     source = workdirs.open(folder, c.init_checkpoint)
-    params, words = transfer(jax.jit(init)().params, model.config, task.vocab, source)
+    drawn = jax.jit(init)().params
+    params, words = transfer(drawn, model.config, task.vocab, source, task.unit)
     line = f"Weights of {folder}, step {source.step}: {words}"
     return _Borrowed(params, line, {"run": str(folder), "step": source.step})
 

@@ -22,9 +22,9 @@ OF_ROWS = ("d_model", "d_embed", "div_val", "tie_weight")
 
 
 def transfer(
-    params: Any, config: ModelConfig, vocab: Vocabulary, source: OpenedRun
+    params: Any, config: ModelConfig, vocab: Vocabulary, source: OpenedRun, unit: str = "word"
 ) -> tuple[Any, str]:
-    """`params` with what `source` has learnt, and what it was in words.
+    """`params` with what `source` has learnt, and a sentence on how many words that is of.
 
     The rows of words that `source` does not know stay as they were drawn. With `div_val` above 1 a
     cluster's rows have a width of their own, so those of a word that has gone to another cluster
@@ -56,7 +56,7 @@ def transfer(
                 array[-both:] = learnt[name][-both:]
         elif name in learnt:
             array[...] = learnt[name]
-    told = f"{known.sum():,} of {len(vocab):,} words are matched, {(~known).sum():,} are new"
+    told = f"{known.sum():,} of {len(vocab):,} {unit}s are matched, {(~known).sum():,} are new"
     if moved := int((known & ~kept).sum()):
         told += f", {moved:,} are in a cluster of another width and are drawn anew too"
     others = _differences(config, source.model.config)

@@ -228,3 +228,24 @@ def test_a_run_begins_with_the_weights_of_another(trained, place, tmp_path, caps
     refusal = pytest.raises(UserError, match=r"init_from was '.*a' and is now 'runs/c'")
     with refusal, training.prepare(config, new):
         pass
+
+
+def test_a_run_that_begins_with_anothers_weights_reads_its_subwords(place, tmp_path):
+    pytest.importorskip("tokenizers", reason="subwords are found by the package tokenizers")
+    config, first, second = default.defaults(), tmp_path / "a", tmp_path / "b"
+    fields = {"data.dir": str(place / "text"), "data.cache_dir": str(place / "cache")}
+    fields |= {"data.tokenizer": "bpe", "data.vocab_size": 260, "model.mixer": "softmax"}
+    config.update_from_flattened_dict(SIZES | fields)
+
+    def begin(workdir):
+        with training.prepare(config, workdir) as this:
+            this.checkpoints.save(0, to_host(this.state), valid_loss=None)
+        return this.task.vocab
+
+    vocab = begin(first)
+    config.data.dir = str(write_text(tmp_path / "text", train="a rug is a rug is a rug\n" * 30))
+    own = begin(tmp_path / "c")
+    config.init_from = str(first)
+    assert begin(second) == vocab != own
+    config.init_from = ""  # Going on, too.
+    assert begin(second) == vocab
