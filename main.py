@@ -1,8 +1,8 @@
 """fwm's command line: flags, and dispatch on --mode.
 
 python main.py --config=configs/dpfp_delta.py          train, resume
-python main.py --config=configs/dpfp_delta.py --workdir=runs/a --extend --config.train.max_step=2000
-python main.py --config=configs/dpfp_delta.py --workdir=runs/b --config.init_from=runs/a
+    --workdir=runs/a --extend --config.train.max_step=2000     the run there, longer
+    --workdir=runs/b --config.init_from=runs/a         a run that begins with its weights
 python main.py --mode=valid --workdir=runs/a           exact perplexity, validation split
 python main.py --mode=eval  --workdir=runs/a           the same, test split; or valid,eval
 python main.py --mode=generate --workdir=runs/a --prompt="The history of"      what it writes
