@@ -16,19 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fwm import parallel
-from fwm import workdir as workdirs
 from fwm.checkpoint import Checkpoints
 from fwm.config import build_config
-from fwm.data import Vocabulary
 from fwm.errors import UserError
-from fwm.files import expanded, flatten, lock_workdir
+from fwm.files import flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
 from fwm.optimizer import Schedule, adam, learning_rate
 from fwm.perplexity import in_words
@@ -44,7 +42,7 @@ from fwm.step import (
     valid_step,
 )
 from fwm.tasks import TASKS, Task
-from fwm.transfer import transfer
+from fwm.transfer import borrow, subwords
 from fwm.workdir import claim_workdir, saved_config
 
 # The step's names are importable from here too, as they were before it had a file of its own.
@@ -203,7 +201,7 @@ def prepare(
             _check(config)
             schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step, t.decay_step)
             begun = Checkpoints(workdir / "checkpoints").latest_step() is not None
-            task = TASKS[c.task](config, ("train", "valid"), _subwords(c, workdir, begun))
+            task = TASKS[c.task](config, ("train", "valid"), subwords(c, workdir, begun))
             # Both refuse what does not fit.
             task.batch(0, parallel.rows(t.batch_size))
             model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
@@ -215,7 +213,10 @@ def prepare(
             rows = t.batch_size if carries else 0
             init = functools.partial(init_state, model, optimizer, c.seed, rows)
             # A run that has begun needs the other one no more.
-            other = _weights_of_another(c, init, model, task) if c.init_from and not begun else None
+            other = None
+            if c.init_from and not begun:
+                drawn = jax.jit(init)().params
+                other = borrow(c, drawn, model.config, task.vocab, task.unit)
             planned = t.max_step
             if first:
                 held.enter_context(lock_workdir(workdir))
@@ -278,42 +279,6 @@ def _begin(init: Callable[[], TrainState], checkpoints: Checkpoints) -> tuple[in
     like = jax.eval_shape(lambda: portable(init()))
     step, saved = checkpoints.restore(like._asdict())
     return step, TrainState(**saved)
-
-
-class _Borrowed(NamedTuple):
-    """The first parameters of a run that begins with another one's."""
-
-    params: Any
-    line: str  # that says so
-    origin: dict[str, Any]  # to be remembered
-
-
-def _subwords(c: Any, workdir: Path, begun: bool) -> Vocabulary | None:
-    """Those of the run whose weights were or are to be the first ones; None: the text's own.
-
-    Words and characters can be matched with those of another text, but a text has to be cut into
-    subwords as it was for the weights.
-    """
-    if begun:
-        folder = workdir if saved_config(workdir)["init_from"] else None
-    else:
-        folder = expanded(c.init_from) if c.init_from else None
-    if folder is None:
-        return None
-    workdirs.check_holds_run(folder)
-    vocab = Vocabulary.load(folder / "vocab.txt")
-    return vocab if vocab.bpe else None
-
-
-def _weights_of_another(
-    c: Any, init: Callable[[], TrainState], model: LanguageModel, task: Task
-) -> _Borrowed:
-    folder = expanded(c.init_from).absolute()
-    source = workdirs.open(folder, c.init_checkpoint)
-    drawn = jax.jit(init)().params
-    params, words = transfer(drawn, model.config, task.vocab, source, task.unit)
-    line = f"Weights of {folder}, step {source.step}: {words}"
-    return _Borrowed(params, line, {"run": str(folder), "step": source.step})
 
 
 def _extension(t: Any, planned: int, schedule: Schedule, step: int) -> str:

@@ -4,21 +4,79 @@ Words are matched by what they are, not by their numbers: a word's rows of the e
 softmax go where the word is now. Everything else is taken as it is.
 """
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Int
 
+from fwm import workdir as workdirs
 from fwm.config import ModelConfig, model_keys
 from fwm.data import Vocabulary
 from fwm.errors import UserError
+from fwm.files import expanded
 from fwm.workdir import OpenedRun
 
 VOCABULARY = ("embedding", "softmax")  # the groups of arrays that depend on it
 # What decides the shape of a row, or what it is multiplied with, but for the number of words.
 OF_ROWS = ("d_model", "d_embed", "div_val", "tie_weight")
+
+
+class Borrowed(NamedTuple):
+    """The first parameters of a run that begins with another one's."""
+
+    params: Any
+    line: str  # that says so
+    origin: dict[str, Any]  # to be remembered: `run`, its folder, and `step`
+
+
+def borrow(
+    settings: Any, drawn: Any, config: ModelConfig, vocab: Vocabulary, unit: str
+) -> Borrowed:
+    """What a run with `settings.init_from` begins with.
+
+    Args:
+        settings: all of its.
+        drawn: its parameters, for what the other run has not.
+        config: of its model.
+        vocab: of its text.
+        unit: what that consists of: word, character, subword.
+
+    Raises:
+        UserError: as `transfer`, or there is no such run or checkpoint.
+    """
+    folder = expanded(settings.init_from).absolute()
+    source = workdirs.open(folder, settings.init_checkpoint)
+    params, sentence = transfer(drawn, config, vocab, source, unit)
+    line = f"Weights of {folder}, step {source.step}: {sentence}"
+    return Borrowed(params, line, {"run": str(folder), "step": source.step})
+
+
+def subwords(settings: Any, workdir: Path, begun: bool) -> Vocabulary | None:
+    """Those of the run whose weights the first ones are, or were; None: the text's own.
+
+    Words and characters can be matched with those of another text, but a text has to be cut into
+    subwords as it was for the weights.
+
+    Args:
+        settings: of the run.
+        workdir: its folder.
+        begun: whether it has a checkpoint, and needs the other run no more.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if begun:
+        folder = workdir if workdirs.saved_config(workdir)["init_from"] else None
+    else:
+        folder = expanded(settings.init_from) if settings.init_from else None
+    if folder is None:
+        return None
+    workdirs.check_holds_run(folder)
+    vocab = Vocabulary.load(folder / "vocab.txt")
+    return vocab if vocab.bpe else None
 
 
 def transfer(

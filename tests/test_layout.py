@@ -43,7 +43,7 @@ ALLOWED = {
         "fwm.checkpoint", "fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.model",
         "fwm.registry", "fwm.version",
     },
-    "fwm.transfer": {"fwm.config", "fwm.data", "fwm.errors", "fwm.workdir"},
+    "fwm.transfer": {"fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.workdir"},
     "fwm.official": {
         "fwm.checkpoint", "fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.interop",
         "fwm.workdir",
