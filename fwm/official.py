@@ -26,6 +26,7 @@ from fwm.data import Vocabulary
 from fwm.errors import UserError
 from fwm.files import lock_workdir, read_json, write_json
 from fwm.interop import arguments_to_lmtool, from_lmtool, to_lmtool
+from fwm.terminal import say
 
 ARGUMENTS, WORDS = "arguments.json", "vocab.txt"
 # Where the official toolkit is.
@@ -128,7 +129,7 @@ def import_run(path: Path, workdir: Path, overrides: Mapping[str, Any]) -> int:
     drawn = (
         " Its FAVOR+ projections, which no state_dict has, were drawn anew." if variables else ""
     )
-    print(
+    say(
         f"{path}: {size:,} parameters, {len(vocab):,} words, now a run in {workdir}.{drawn}\n"
         f"Exact perplexity: python main.py --mode=valid --workdir={workdir} "
         f"--config.data.dir={config.data.dir or 'FOLDER'}"
@@ -169,5 +170,5 @@ def export_run(config: Any, workdir: Path, path: Path) -> int:
         torch.save({name: torch.tensor(x) for name, x in tensors.items()}, partial)
     partial.replace(path)
     names = ", ".join(str(file) for file in (path, *others))
-    print(f"{workdir}, step {run.step}, as the official toolkit has it: {names}")
+    say(f"{workdir}, step {run.step}, as the official toolkit has it: {names}")
     return 0

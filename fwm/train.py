@@ -24,7 +24,7 @@ import optax
 
 from fwm import parallel
 from fwm.checkpoint import Checkpoints
-from fwm.config import build_config
+from fwm.config import build_config, check
 from fwm.errors import UserError
 from fwm.files import flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
@@ -42,6 +42,7 @@ from fwm.step import (
     valid_step,
 )
 from fwm.tasks import TASKS, Task
+from fwm.terminal import say
 from fwm.transfer import borrow, subwords
 from fwm.workdir import claim_workdir, saved_config
 
@@ -195,7 +196,7 @@ def prepare(
         UserError: as `run`; what settings and text decide is refused before anything is written.
     """
     c, t, first = config, config.train, parallel.is_first()
-    told = functools.partial(print, flush=True) if first else lambda line: None
+    told = say if first else lambda line: None
     with ExitStack() as held:
         with parallel.together():
             _check(config)
@@ -293,36 +294,15 @@ def _extension(t: Any, planned: int, schedule: Schedule, step: int) -> str:
 
 
 def _check(config: Any) -> None:
-    """Refuse settings of the training that are out of range."""
+    """Refuse settings, and rows that do not fit the devices."""
+    check(config.to_dict())
     t, n_device = config.train, jax.device_count()
     for name in ("batch_size", "eval_batch_size"):
         parallel.check_divides(t[name], f"config.train.{name}", n_device)
-    if t.batch_chunk < 1 or t.batch_size // n_device % t.batch_chunk:
+    if t.batch_size // n_device % t.batch_chunk:
         raise UserError(
             f"config.train.batch_chunk={t.batch_chunk} does not divide the "
             f"{t.batch_size // n_device} rows of a device: use one of their divisors."
-        )
-    for name in ("tgt_len", "max_step", "eval_interval", "log_interval"):
-        if t[name] < 1:
-            raise UserError(f"config.train.{name} must be at least 1, got {t[name]}.")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed must be 0 or more and below 2**32, got {config.seed}.")
-    for name, off in (
-        ("clip", "no clipping"), ("weight_decay", "none"), ("decay_step", "a tenth of max_step"),
-        ("save_minutes", "none"),
-    ):  # fmt: skip
-        if not t[name] >= 0:
-            raise UserError(f"config.train.{name} must be 0 ({off}) or more, got {t[name]}.")
-    if t.nan_policy not in ("stop", "skip"):
-        raise UserError(
-            f"unknown config.train.nan_policy {t.nan_policy!r}: expected one of stop, skip."
-        )
-    steps = t.profile_steps
-    whole = all(type(step) is int for step in steps)
-    if steps and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-        raise UserError(
-            "config.train.profile_steps must be the first and the last step to trace, such as "
-            f"(10, 15), or () for none, got {steps}."
         )
 
 

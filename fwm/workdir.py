@@ -12,15 +12,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fwm import registry
 from fwm.checkpoint import Checkpoints
-from fwm.config import build_config, defaults
+from fwm.config import build_config, check, defaults
 from fwm.data import Vocabulary
 from fwm.errors import UserError
 from fwm.files import flatten, read_json, write_json
 from fwm.model import LanguageModel
+from fwm.terminal import say
 from fwm.version import written_by
 
 # What may differ when a run is resumed: where things are, what is reported, and what another
@@ -216,24 +218,25 @@ def _read_config(workdir: Path, needed: str = "") -> ConfigDict:
             f"{', '.join(missing)}: give "
             f"--config={shlex.quote(saved['registered_in'])} too."
         )
-    try:
-        config.update_from_flattened_dict(saved)
-    except TypeError as error:
-        raise UserError(f"{workdir}/config.json is damaged: {error}; restore it.") from error
+    check(saved, f"in {workdir / 'config.json'}, ")
+    config.update_from_flattened_dict(saved)
     return config
 
 
 def restore(
-    workdir: Path, which: str, report: Callable[[str], None] = print
+    workdir: Path, model: LanguageModel, which: str, report: Callable[[str], None] = say
 ) -> tuple[int, dict[str, Any]]:
     """A checkpoint's step and the model's variables; `which`: best, latest, or a step's number.
 
     Raises:
-        UserError: no such checkpoint, or none that is sound.
+        UserError: no such checkpoint, none that is sound, or parameters of another model.
     """
     wanted: Any = int(which) if which.isdecimal() else which
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    draws = dict(jax.eval_shape(model.init, jax.random.key(0), token, token))
+    like = {"params": draws.pop("params"), "favor": draws}
     with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
-        step, saved = checkpoints.restore_subtree(("params", "favor"), wanted)
+        step, saved = checkpoints.restore_subtree(("params", "favor"), wanted, like)
     return step, {"params": saved["params"], **(saved["favor"] or {})}
 
 
@@ -265,5 +268,5 @@ def open(path: str | Path, which: str | int = "best") -> OpenedRun:
     config = _read_config(workdir, needed="model.").lock()
     vocab = Vocabulary.load(workdir / "vocab.txt")
     model = LanguageModel(build_config(config.model.to_dict(), len(vocab)))
-    step, variables = restore(workdir, str(which))
+    step, variables = restore(workdir, model, str(which))
     return OpenedRun(config, vocab, model, jax.device_put(variables), step)

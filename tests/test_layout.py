@@ -14,26 +14,34 @@ FILES = {
 ALLOWED = {
     "fwm.errors": set(),
     "fwm.ops": {"fwm.errors", "fwm.registry"},
-    "fwm.data": {"fwm.errors", "fwm.files"},
-    "fwm.optimizer": {"fwm.errors"},
+    "fwm.data": {"fwm.errors", "fwm.files", "fwm.terminal"},
+    "fwm.optimizer": {"fwm.errors", "fwm.limits"},
     "fwm.parallel": {"fwm.errors"},
     "fwm.perplexity": set(),
     "fwm.files": {"fwm.errors"},
     "fwm.version": set(),
     "fwm.registry": {"fwm.errors"},
-    "fwm.checkpoint": {"fwm.errors", "fwm.files"},
-    "fwm.layers": {"fwm.errors", "fwm.ops", "fwm.registry"},
-    "fwm.config": {"fwm.errors", "fwm.layers"},
+    "fwm.checkpoint": {"fwm.errors", "fwm.files", "fwm.terminal"},
+    "fwm.layers": {"fwm.errors", "fwm.limits", "fwm.ops", "fwm.registry"},
+    "fwm.limits": {"fwm.errors"},
+    "fwm.terminal": set(),
+    "fwm.config_file": {"fwm.errors"},
+    "fwm.model_config": {"fwm.errors", "fwm.layers", "fwm.limits"},
+    "fwm.config": {"fwm.errors", "fwm.files", "fwm.limits", "fwm.model_config", "fwm.optimizer"},
     "fwm.model": {"fwm.errors", "fwm.config", "fwm.ops", "fwm.layers"},
-    "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model", "fwm.ops"},
-    "fwm.reporting": {"fwm.errors", "fwm.files", "fwm.parallel", "fwm.perplexity"},
+    "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model", "fwm.model_config", "fwm.ops"},
+    "fwm.reporting": {
+        "fwm.errors", "fwm.files", "fwm.parallel", "fwm.perplexity", "fwm.terminal"
+    },
     "fwm.reporting.sinks": {"fwm.errors", "fwm.files"},
-    "fwm.reporting.figures": {"fwm.reporting.sinks"},
+    "fwm.reporting.figures": {"fwm.files", "fwm.reporting.sinks"},
     "fwm.reporting.compare": {
         "fwm.errors", "fwm.files", "fwm.reporting.figures", "fwm.reporting.sinks"
     },
     "fwm.reporting.trace": set(),
-    "fwm.reporting.reporter": {"fwm.perplexity", "fwm.reporting.figures", "fwm.reporting.sinks"},
+    "fwm.reporting.reporter": {
+        "fwm.perplexity", "fwm.reporting.figures", "fwm.reporting.sinks", "fwm.terminal"
+    },
     "fwm.step": {"fwm.model", "fwm.ops", "fwm.optimizer", "fwm.parallel"},
     "fwm.score": {
         "fwm.errors", "fwm.config", "fwm.model", "fwm.ops.checks", "fwm.parallel", "fwm.perplexity"
@@ -41,14 +49,16 @@ ALLOWED = {
     "fwm.tasks": {"fwm.data", "fwm.errors", "fwm.model", "fwm.registry", "fwm.score", "fwm.step"},
     "fwm.workdir": {
         "fwm.checkpoint", "fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.model",
-        "fwm.registry", "fwm.version",
+        "fwm.registry", "fwm.terminal", "fwm.version",
     },
     "fwm.transfer": {"fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.workdir"},
     "fwm.official": {
         "fwm.checkpoint", "fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.interop",
-        "fwm.workdir",
+        "fwm.terminal", "fwm.workdir",
     },
-    "fwm.retrieval": {"fwm.errors", "fwm.ops", "fwm.optimizer", "fwm.files"},
+    "fwm.retrieval": {
+        "fwm.errors", "fwm.files", "fwm.limits", "fwm.ops", "fwm.optimizer", "fwm.terminal"
+    },
 }  # fmt: skip
 # Packages that must stay out: {where: {what}}.
 FORBIDDEN = {

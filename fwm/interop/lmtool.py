@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwm.config import ModelConfig, mixer_keys, model_keys
+from fwm.config import ModelConfig, model_keys
 from fwm.errors import UserError
 from fwm.model import LanguageModel, redraw_projections
+from fwm.model_config import mixer_keys
 from fwm.ops import UPDATE_RULES
 
 # attn_type: (mixer, feature map, update rule, attention normalisation unless skipped, scale_output)
@@ -398,10 +399,12 @@ def to_lmtool(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, np
         c = config
         known = {(kind[1], kind[2], kind[4]) for kind in ATTN_TYPES.values()}
         own = c.key_norm not in ("", UPDATE_RULES[c.update_rule].key_norm)
+        own = own or c.make_mixers()[0].switched()
         if (c.feature_map, c.update_rule, c.scale_output) not in known or own:
             raise UserError(
                 f"the official toolkit has no layer of feature_map={c.feature_map}, update_rule="
-                f"{c.update_rule}, key_norm={c.key_norm!r} and scale_output={c.scale_output}: "
+                f"{c.update_rule}, key_norm={c.key_norm!r}, scale_output={c.scale_output} and "
+                f"{', '.join(c.make_mixers()[0].switched()) or 'nothing'} switched on: "
                 "expected one of ATTN_TYPES."
             )
     params = variables["params"]

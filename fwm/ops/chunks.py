@@ -21,6 +21,11 @@ from fwm.ops.checks import vary
 from fwm.ops.recurrent import Rule
 from fwm.ops.softmax import rows_per_block
 
+FORWARD_MODE = (
+    "fwm.ops.recurrent has the update rules in forward mode, one token at a time; forward over "
+    "reverse mode, as in jax.jvp(jax.grad(f), ...), works with the chunked form."
+)
+
 
 class Chunked(NamedTuple):
     """What a rule makes of a group of chunks.
@@ -133,7 +138,12 @@ def run(
         weights = jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype)
     plan = _plan(rule.chunked, (n_batch, length, n_head, n_key), weights.shape[-1], chunk_size)
     weights, tokens, features = vary((weights.astype(dtype), (q, k, v, *inputs), features))
-    return _run(rule, plan, weights, tokens, features)
+    try:
+        return _run(rule, plan, weights, tokens, features)
+    except TypeError as error:
+        if "forward-mode" in str(error):  # JAX's own words do not say where there is a form for it
+            error.add_note(FORWARD_MODE)
+        raise
 
 
 def mapped(features: jax.tree_util.Partial | None, x: Array) -> Array:

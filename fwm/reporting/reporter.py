@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-import os
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from fwm.perplexity import in_words, perplexity
 from fwm.reporting.figures import draw_learning_curves
 from fwm.reporting.sinks import LOG, CsvLog, Row, Sink, TensorBoard, WandB
+from fwm.terminal import is_live, say
 
 CURVE = "learning_curve.png"
 REDRAW_SECONDS = 0.2  # between two states of the live line
@@ -46,7 +46,7 @@ class Reporter:
       use_wandb: log to Weights & Biases too, under `project_name` and `job_name`.
       unit: of the task; the lines of `character` have bits per character.
       stream: text stream (None: standard output); each report is one plain line unless it is a
-        terminal, which has one live line, and a bold one for a validation unless NO_COLOR is set.
+        terminal that `is_live`, which has one live line, and a bold one for a validation.
       active: False makes every method do nothing.
 
     Raises:
@@ -72,8 +72,7 @@ class Reporter:
             return
         self._workdir = workdir
         self._stream = sys.stdout if stream is None else stream
-        self._terminal = self._stream.isatty()
-        self._bold = self._terminal and not os.environ.get("NO_COLOR")
+        self._terminal = is_live(self._stream)
         self._live: _LiveLine | None = None
         self._unit = unit
         self._drawn = -math.inf
@@ -131,15 +130,17 @@ class Reporter:
             f">>> validation at step {step}: loss {values['loss']:.4f}  "
             f"{in_words(values['loss'], self._unit)}  {others}({seconds:.1f} s)"
         )
-        self.message(f"\x1b[1m{line}\x1b[0m" if self._bold else line)
+        self.message(f"\x1b[1m{line}\x1b[0m" if self._terminal else line)
         self._record(step, "valid", values, seconds)
         with self._never_fatal(CURVE):
             draw_learning_curves({"": self._workdir / LOG}, self._workdir / CURVE)
 
     def message(self, text: str) -> None:
         """Print lines of text, above the live line if there is one."""
-        if self._active:
-            self._to_terminal(lambda: _LiveLine.write(text, self._stream))
+        if self._active and self._live is not None:
+            self._on_terminal(lambda: _LiveLine.write(text, self._stream))
+        elif self._active:
+            say(text, self._stream)
 
     def close(self) -> None:
         """Erase the live line; close every sink."""
@@ -158,7 +159,7 @@ class Reporter:
         if seconds_left is not None:
             line += f"  {datetime.timedelta(seconds=round(seconds_left))} left"
         if self._terminal and step < self._total_steps:
-            self._to_terminal(lambda: self._draw(step, line))
+            self._on_terminal(lambda: self._draw(step, line))
         else:
             self._erase()
             self.message(line)
@@ -177,19 +178,16 @@ class Reporter:
     def _erase(self) -> None:
         live, self._live = self._live, None
         if live is not None:
-            self._to_terminal(live.close)
+            self._on_terminal(live.close)
 
-    def _to_terminal(self, action: Callable[[], None]) -> None:
-        """The terminal may be a pipe that nobody reads or a file on a full disk."""
+    def _on_terminal(self, action: Callable[[], None]) -> None:
+        """What tqdm writes; where that fails, what follows is plain and `say`'s to give up."""
         try:
             action()
             self._stream.flush()
-        except OSError as error:
-            if "terminal" not in self._warned:
-                self._warned.add("terminal")
-                with contextlib.suppress(OSError):
-                    line = f"Warning: nothing more can be printed ({error}); training goes on."
-                    print(line, file=sys.stderr, flush=True)
+        except OSError:
+            self._terminal, self._live = False, None
+            say("", self._stream)
 
     def _record(self, step: int, split: str, values: Mapping[str, float], seconds: float) -> None:
         row = Row(step, split, {name: float(value) for name, value in values.items()}, seconds)

@@ -268,7 +268,7 @@ def test_given_vocabulary(tmp_path):
 
 def test_given_vocabulary_equal_to_the_own_one_reuses_the_streams(tmp_path, monkeypatch):
     own = load(tmp_path, dir=folder(tmp_path / "text"))
-    monkeypatch.setattr(corpus, "_prepare", None)
+    monkeypatch.setattr(corpus, "_prepare", lambda *_, **__: pytest.fail("prepared again"))
     again = load(tmp_path, vocab=own.vocab, splits=("train", "valid"))
     np.testing.assert_array_equal(again.streams["train"], own.streams["train"])
 

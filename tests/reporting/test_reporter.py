@@ -200,12 +200,14 @@ def test_no_colour_and_bits_per_character(tmp_path, monkeypatch):
     stream = Terminal()
     with make(tmp_path, stream, unit="character") as reporter:
         run(reporter, [10])
-        assert "\x1b" not in stream.getvalue()
-        valid, live = screen(stream.getvalue())
+        text = stream.getvalue()
+    assert "\x1b" not in text
+    assert "\r" not in text
+    step, valid = text.splitlines()
+    assert step.startswith("step 10/30  loss 0.5000  perplexity 1.65  0.7213 bits/character  1,234")
     assert valid.startswith(
         ">>> validation at step 10: loss 0.6000  perplexity 1.82  0.8656 bits/ch"
     )
-    assert live.startswith("step 10/30  loss 0.5000  perplexity 1.65  0.7213 bits/character")
 
 
 def test_an_inactive_reporter_does_nothing(tmp_path):
@@ -288,7 +290,7 @@ def test_a_terminal_that_fails_costs_a_warning(tmp_path, capsys):
     assert [(row["step"], row["split"]) for row in rows(tmp_path)] == [
         ("1", "train"), ("10", "train"), ("10", "valid")
     ]  # fmt: skip
-    expected = "Warning: nothing more can be printed ([Errno 32] Broken pipe); training goes on.\n"
+    expected = "Warning: nothing more can be printed ([Errno 32] Broken pipe); the run goes on.\n"
     assert capsys.readouterr().err == expected
 
 
