@@ -52,7 +52,7 @@ from fwm import (
     reporting,
     retrieval,
     train,
-)  # fmt: skip
+)
 from fwm.config import build_config, check, limits
 from fwm.data.cache import cache_folder
 from fwm.data.sources import label
@@ -272,7 +272,7 @@ def dispatch(argv: list[str]) -> int:
     workdir = expanded(WORKDIR.value) if WORKDIR.value else default_workdir(config)
     if MODE.value != "train":
         if not WORKDIR.value:
-            raise UserError(f"--mode={MODE.value} needs the --workdir of a run.")
+            raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
         if config_values(argv) and not config.registered_in:
             note = f"--config is not used: the settings are those of the run in {workdir}."
             say(note, sys.stderr)

@@ -111,6 +111,7 @@ def defaults() -> ConfigDict:
 # What a value may be, where the type of its default does not say it all.
 LIMITS: dict[str, Kind] = {
     "seed": SEED,
+    "init_checkpoint": CHECKPOINT,
     "data.vocab_size": whole(0),
     "train.batch_size": SIZE,
     "train.tgt_len": SIZE,
@@ -125,6 +126,7 @@ LIMITS: dict[str, Kind] = {
     "train.clip": NOT_NEGATIVE,
     "train.batch_chunk": SIZE,
     "train.eval_interval": SIZE,
+    "train.save_minutes": NOT_NEGATIVE,
     "train.eval_batch_size": SIZE,
     "train.log_interval": SIZE,
     "train.nan_policy": one_of(("stop", "skip")),

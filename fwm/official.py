@@ -62,11 +62,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: x.detach().to(torch.float32).numpy() for name, x in tensors.items()}
-    except Exception as error:  # torch's own, of many kinds.
+    except Exception as error:  # torch's own, of many kinds, some of which advise to execute it.
         raise UserError(
-            f"{path} holds more or other things than a state_dict "
-            f"({str(error).splitlines()[0][:120]}): where the official toolkit is, write one with "
-            f"{SAVING}."
+            f"{path} is no state_dict that torch can read without executing what it contains: "
+            f"where the official toolkit is, write one with {SAVING}."
         ) from error
 
 
@@ -168,7 +167,7 @@ def export_run(config: Any, workdir: Path, path: Path) -> int:
     if torch is None:
         np.savez(partial, **tensors)
     else:
-        torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, partial)
+        torch.save({name: torch.tensor(x) for name, x in tensors.items()}, partial)
     partial.replace(path)
     names = ", ".join(str(file) for file in (path, *others))
     say(f"{workdir}, step {run.step}, as the official toolkit has it: {names}")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fwm import registry
-from fwm.checkpoint import Checkpoints, Which
+from fwm.checkpoint import Checkpoints
 from fwm.config import build_config, check, defaults
 from fwm.data import Vocabulary
 from fwm.errors import UserError
@@ -250,7 +250,7 @@ class OpenedRun(NamedTuple):
     step: int  # of the checkpoint they are from
 
 
-def open(path: str | Path, which: Which = "best") -> OpenedRun:
+def open(path: str | Path, which: str | int = "best") -> OpenedRun:
     """Open what was trained in a workdir; the task that it was trained on need not be known.
 
         run = fwm.workdir.open("runs/a")

@@ -29,7 +29,7 @@ ALLOWED = {
     "fwm.model_config": {"fwm.errors", "fwm.layers", "fwm.limits"},
     "fwm.config": {"fwm.errors", "fwm.files", "fwm.limits", "fwm.model_config", "fwm.optimizer"},
     "fwm.model": {"fwm.errors", "fwm.config", "fwm.ops", "fwm.layers"},
-    "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model_config", "fwm.model", "fwm.ops"},
+    "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model", "fwm.model_config", "fwm.ops"},
     "fwm.reporting": {
         "fwm.errors", "fwm.files", "fwm.parallel", "fwm.perplexity", "fwm.terminal"
     },
@@ -51,14 +51,13 @@ ALLOWED = {
         "fwm.checkpoint", "fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.model",
         "fwm.registry", "fwm.terminal", "fwm.version",
     },
-    "fwm.retrieval": {
-        "fwm.errors", "fwm.files", "fwm.limits", "fwm.ops", "fwm.optimizer", "fwm.terminal"
-    },
     "fwm.transfer": {"fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.workdir"},
     "fwm.official": {
         "fwm.checkpoint", "fwm.config", "fwm.data", "fwm.errors", "fwm.files", "fwm.interop",
-        "fwm.terminal",
-        "fwm.workdir",
+        "fwm.terminal", "fwm.workdir",
+    },
+    "fwm.retrieval": {
+        "fwm.errors", "fwm.files", "fwm.limits", "fwm.ops", "fwm.optimizer", "fwm.terminal"
     },
 }  # fmt: skip
 # Packages that must stay out: {where: {what}}.
