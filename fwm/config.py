@@ -118,8 +118,6 @@ LIMITS: dict[str, Kind] = {
     "train.max_step": SIZE,
     "train.lr": RATE,
     "train.warmup_step": whole(0),
-    "init_checkpoint": CHECKPOINT,
-    "train.save_minutes": NOT_NEGATIVE,
     "train.scheduler": one_of(SCHEDULES),
     "train.decay_step": whole(0),
     "train.weight_decay": NOT_NEGATIVE,
