@@ -123,6 +123,8 @@ def claim_workdir(
     write_json(workdir / TEXTS, {split: dict(text) for split, text in texts.items()})
     vocab.save(workdir / "vocab.txt")
     write_json(path, new)
+    # Made now: what stands in its way is to be told before hours of work, not at the first save.
+    (workdir / "checkpoints").mkdir(exist_ok=True)
 
 
 def _first_difference(old: Vocabulary, new: Vocabulary) -> str:
