@@ -144,8 +144,11 @@ class ModelConfig:
             raise UserError(f"no_pos has no meaning for {mixed}, which has its own positions.")
         read = {name for mixer in self.pattern for name in mixer_fields(MIXERS[mixer])}
         for name, default in mixer_keys().items():
-            # A key that switches something on, and nothing that would read it.
-            if not default and values[name] and name not in read:
+            # A key that switches something on, and nothing that would read it. Two that variants
+            # set themselves may stay where only the mixer is changed.
+            off = default in ("", "none", 0, 1)
+            off = off and name not in ("attn_normalization", "scale_output")
+            if off and values[name] != default and name not in read:
                 owners = ", ".join(mixer for mixer, k in MIXERS.items() if name in mixer_fields(k))
                 raise UserError(
                     f"{name} has no meaning for {mixed}, it is a key of {owners}: leave it at "

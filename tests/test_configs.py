@@ -23,6 +23,20 @@ VARIANTS = {
     "dpfp_delta": ("fast_weight", "dpfp", "delta", "none"),
     "hybrid": (("fast_weight",) * 3 + ("softmax",), "silu", "delta", "none"),
 }
+# The rows of the wider family: rule, map, key_norm, decay, beta_max, n_step, short_conv, gate.
+WIDER = {
+    "retnet": ("sum", "identity", "", "constant", 1, 1, 0, True),
+    "mamba2": ("sum", "silu", "", "head", 1, 1, 4, True),
+    "gla": ("sum", "identity", "", "channel", 1, 1, 0, True),
+    "deltanet": ("delta", "silu", "l2", "none", 1, 1, 4, False),
+    "gated_deltanet": ("delta", "silu", "l2", "head", 1, 1, 4, True),
+    "kimi_delta": ("delta", "silu", "l2", "channel", 1, 1, 4, True),
+    "delta_product": ("delta", "silu", "l2", "none", 2, 2, 4, True),
+    "gated_deltanet2": ("gated_delta2", "silu", "l2", "channel", 1, 1, 4, True),
+    "comba": ("comba", "silu", "l2", "head", 1, 1, 4, True),
+    "efla": ("error_free", "silu", "none", "none", 1, 1, 4, False),
+}
+VARIANTS |= {name: ("fast_weight", row[1], row[0], "none") for name, row in WIDER.items()}
 PRESETS = {
     # d_model, n_head, d_head, d_inner, n_layer; tgt_len, batch_size, max_step, warmup_step
     "tiny": ((128, 4, 16, 512, 2), None),  # not the paper's: to be tried quickly
@@ -58,7 +72,12 @@ def test_values_of_the_paper(variant, preset):
         assert [m.feature_map, m.update_rule, m.attn_normalization] == parts
     assert (m.performer_proj_dim, m.dpfp_n_roll) == (16, 2)
     assert (m.dropout, m.dropatt, t.clip, t.scheduler) == (0.1, 0.0, 0.25, "cosine")
-    assert (m.tie_weight, m.div_val, m.no_pos, t.carry_over_fast_weight) == (True, 1, False, False)
+    no_pos = variant in WIDER  # decays and convolutions know the order
+    assert (m.tie_weight, m.div_val, m.no_pos, t.carry_over_fast_weight) == (True, 1, no_pos, False)
+    switches = (m.decay, m.beta_max, m.n_step, m.short_conv, m.output_gate)
+    assert switches == WIDER.get(variant, (*[""] * 3, "none", 1, 1, 0, False))[3:]
+    own = "l2" if variant == "hybrid" else ""
+    assert m.key_norm == WIDER.get(variant, [own] * 3)[2]
     if preset != "tiny":
         assert t.lr == 0.00025
         assert m.cutoffs == (20_000, 40_000, 200_000)
@@ -75,7 +94,7 @@ def test_values_of_the_paper(variant, preset):
         model = build_config(c.model.to_dict(), 300_000)
         assert model.n_token == 300_000
         assert model.d_embed == model.d_model
-        assert model.no_pos == (option in ("no_pos", "carry_over_fast_weight"))
+        assert model.no_pos == (no_pos or option in ("no_pos", "carry_over_fast_weight"))
         assert c.train.carry_over_fast_weight == (option == "carry_over_fast_weight")
         assert model.dropout == (0.2 if option == "dropout=0.2" else 0.1)
         assert model.dtype == ("bfloat16" if option == "dtype=bfloat16" else "float32")
@@ -163,6 +182,31 @@ def test_what_is_refused(variant, options, message):
             "of at least 0 and at most 0.9999, got 1.0",
         ),
         ("dpfp_delta", "dropout=-0.1", "dropout must be a number of at least 0"),
+        (
+            "dpfp_delta",
+            "decay=token",
+            "decay must be one of none, constant, head, channel, got 'token'",
+        ),
+        ("dpfp_delta", "beta_max=3", "beta_max must be a number above 0 and at most 2, got 3"),
+        ("dpfp_delta", "n_step=0", "n_step must be a whole number of at least 1"),
+        ("dpfp_delta", "short_conv=1", "or at least 2 tokens .*, got 1"),
+        ("linear_sum", "beta_max=2", "beta_max=2 has no meaning for update_rule sum, which reads"),
+        (
+            "gated_deltanet2",
+            "beta_max=2",
+            "no meaning for update_rule gated_delta2, which reads",
+        ),
+        ("gla", "n_step=2", "n_step=2 has no meaning for update_rule sum"),
+        ("linear_delta", "n_step=2,attn_normalization=output", "meaning with several writes a tok"),
+        ("linear_delta", "decay=head,attn_normalization=output_and_key", "meaning with a decay"),
+        (
+            "dpfp_sum",
+            "scale_output=False,decay=head",
+            "the official quadratic layers, which have no",
+        ),
+        ("transformer", "decay=head", "decay has no meaning for softmax, it is a key of fast_w"),
+        ("transformer", "output_gate=True", "output_gate has no meaning for softmax"),
+        ("transformer_xl", "n_step=2", "n_step has no meaning for transformer_xl"),
         ("transformer", "same_length=True", "same_length has no meaning for softmax"),
         ("dpfp_delta", "attention_window=4", "no meaning for fast_weight, it is a key of softmax"),
         ("transformer", "attention_window=1", r"must be 0 \(a token sees all .* at least 2"),
