@@ -307,7 +307,9 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_total(trained, tmp_path, 
 
     def interrupted(*given):
         yield from itertools.islice(parts(*given), 3)
-        signal.raise_signal(signal.SIGTERM if carry else signal.SIGINT)
+        if not carry:
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
