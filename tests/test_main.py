@@ -31,7 +31,7 @@ def trained(place):
     """A finished run and what it said; not to be changed."""
     fields = SIZES | {"data.dir": place / "text", "data.cache_dir": place / "cache"}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    workdir = place / "run"
+    workdir = place / "my run"  # What is printed to be typed has to be quoted.
     return workdir, call(f"--config={DPFP}", f"--workdir={workdir}", *overrides)
 
 
@@ -51,7 +51,7 @@ def test_training_ends_with_what_to_do_next(trained):
     assert "step 4/4  loss " in out
     assert ">>> validation at step 2: loss " in out
     assert re.search(r"Best validation perplexity \d+\.\d\d \(approximate, step [24]\)", out)
-    assert out.endswith(f"Exact perplexity: python main.py --mode=valid --workdir={workdir}\n")
+    assert out.endswith(f"Exact perplexity: python main.py --mode=valid --workdir='{workdir}'\n")
     names = {path.name.split(".")[0] for path in workdir.iterdir()}
     assert {"config", "vocab", "checkpoints", "train_log", "learning_curve", "events"} <= names
     config = json.loads((workdir / "config.json").read_text())
