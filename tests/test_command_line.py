@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from absl import flags
 from program import DPFP, call, contents, evaluate, refused, write_text
 
 import main
@@ -17,14 +18,27 @@ def test_the_name_of_a_run_tells_what_matters():
     assert name.startswith("embedded-dpfp-delta-none-nu2-nopos-L2-d128-h4x16-ff512-len64-bs16-lr")
     assert "-drop0.2-seed1111" in name
     assert main.job_name(default.build("tiny", mixer="softmax")).startswith("embedded-softmax-L2")
+    config = default.build("tiny")
+    config.train.scheduler, config.train.weight_decay, config.init_from = "wsd", 0.1, "runs/a/"
+    assert main.job_name(config).endswith("-steps1000-wsd-wd0.1-drop0.1-seed1111-from-a")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_shows_an_example_of_each_mode_and_how_keys_are_set(flag):
     status, out, err = call(flag)
     assert (status, err) == (0, "")
-    for word in (*main.MODES, "--workdir", "--config.train.lr=3e-4", "--prompt"):
-        assert word in out
+    words = (
+        *main.MODES,
+        "--workdir",
+        "--config.train.lr=3e-4",
+        "--prompt",
+        "--extend",
+        "init_from",
+    )
+    words += ("--official", "arguments.json", "vocab.txt", "model.npz", "state_dict()")
+    # absl lists the flags of the main module, which here is another one.
+    out += flags.FLAGS["official"].help
+    assert [word for word in words if word not in out] == []
 
 
 COMMAND_LINES = {
@@ -63,8 +77,14 @@ COMMAND_LINES = {
     "--config.train.batch_chunk=0": "batch_chunk must be a whole number of at least 1",
     "--config.seed=10000000000000000000000": "config.seed must be .* and at most 4294967295, got 1",
     "--config.seed=-1": "config.seed must be a whole number of at least 0 and at most 4294967295",
+    "--config.train.save_minutes=-1": "save_minutes must be a number of at least 0, got -1",
+    "--config.train.weight_decay=-0.1": "weight_decay must be a number of at least 0, got -0.1",
+    "--config.train.decay_step=7": "decay_step=7 has no meaning for the scheduler cosine",
+    "--config.init_from=/nowhere": r"/nowhere holds no run \(no config\.json\)",
+    "--config.init_checkpoint=first": "init_checkpoint must be best, latest or the number of a st",
     "--config.train.tgt_len=0": "config.train.tgt_len must be a whole number of at least 1, got 0",
     "--config.train.max_step=0": "train.max_step must be a whole number of at least 1, got 0",
+    "--config.model.d_inner=2000000000": "need .* GiB, and there are .*model's sizes smaller",
     "--config.train.tgt_len=1000": "has 140 tokens, but batch_size 4 rows of tgt_len 1000",
     "--config.data.dir=/nowhere": "There is no folder /nowhere",
     "--config.data.dir= --config.data.name=wikitext103": r"--config\.data\.dir",
