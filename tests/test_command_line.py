@@ -1,5 +1,6 @@
 """What is said of a command line that is wrong, before there is a run: one clear sentence."""
 
+import json
 import re
 from pathlib import Path
 
@@ -246,6 +247,18 @@ def test_home_in_paths(monkeypatch, tmp_path):
         refused(
             result, "~nobody_/a begins with a home folder that cannot be found: write the whole"
         )
+
+
+def test_what_the_first_command_is_said_to_end_with_was_measured():
+    """README's range; .ci/run trains its beginning."""
+    root = Path(main.__file__).parent
+    said = re.search(r"perplexity between (\d+) and (\d+)", (root / "README.md").read_text())
+    low, high = map(int, said.groups())
+    measured = json.loads((root / "benchmarks/results/first_command.json").read_text())
+    found = [run["validation_perplexity"] for run in measured["runs"]]
+    assert low < min(found) < max(found) < high < 1.4 * low
+    assert measured["command"] in (root / "README.md").read_text()
+    assert default.get_config().train.max_step == measured["step"]
 
 
 def test_training_needs_a_config(tmp_path):
