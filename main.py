@@ -27,7 +27,8 @@ import sys
 if __name__ == "__main__":
     # Before all else. Importing takes seconds, in which Ctrl-C shall end the process and nothing
     # more be said; a file shall not get the number of an output that the shell has closed.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # As it is in the background of a script.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
 

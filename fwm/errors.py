@@ -1,7 +1,6 @@
 """What ends a run and is no fault of the program: it becomes one sentence and exit status 2."""
 
 import errno
-import os
 
 # Of these an OSError names no file.
 OF_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENOMEM)
@@ -35,6 +34,6 @@ def sentence(error: Exception) -> str:
         )
     elif isinstance(error, OSError) and error.errno in OF_MACHINE:
         text = f"{error.strerror}: make room and run the same command again."
-    elif isinstance(error, FileNotFoundError) and not os.path.isdir("."):
+    elif isinstance(error, FileNotFoundError):  # Of no file: of os.getcwd.
         text = "the current folder is gone: change to one that is there."
     return " ".join(text.split())

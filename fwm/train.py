@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shlex
 import signal
 import threading
@@ -212,11 +213,12 @@ def prepare(
             # A Transformer-XL of mem_len 0 carries on, but nothing that could be kept.
             carries = carries and all(leaf.size for leaf in jax.tree.leaves(empty))
             rows = t.batch_size if carries else 0
-            init = functools.partial(init_state, model, optimizer, c.seed, rows)
+            init = jax.jit(functools.partial(init_state, model, optimizer, c.seed, rows))
+            _check_memory(init.eval_shape())
             # A run that has begun needs the other one no more.
             other = None
             if c.init_from and not begun:
-                drawn = jax.jit(init)().params
+                drawn = init().params
                 other = borrow(c, drawn, model.config, task.vocab, task.unit)
             planned = t.max_step
             if first:
@@ -276,7 +278,7 @@ def prepare(
 
 def _begin(init: Callable[[], TrainState], checkpoints: Checkpoints) -> tuple[int, TrainState]:
     if checkpoints.latest_step() is None:
-        return 0, jax.jit(init)()
+        return 0, init()
     like = jax.eval_shape(lambda: portable(init()))
     step, saved = checkpoints.restore(like._asdict())
     return step, TrainState(**saved)
@@ -303,6 +305,20 @@ def _check(config: Any) -> None:
         raise UserError(
             f"config.train.batch_chunk={t.batch_chunk} does not divide the "
             f"{t.batch_size // n_device} rows of a device: use one of their divisors."
+        )
+
+
+def _check_memory(state: Any) -> None:
+    """Refuse a model whose parameters, gradients and moments alone are more than a device holds."""
+    kept = jax.tree.leaves((state.params, state.params, state.opt_state))
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    # A CPU tells no limit.
+    there = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"the parameters, gradients and moments of this model need {needed / 2**30:,.1f} GiB, "
+            f"and there are {there / 2**30:,.1f}: make one of config.model's sizes smaller."
         )
 
 

@@ -158,6 +158,8 @@ def claim_workdir(
     vocab.save(workdir / "vocab.txt")
     origin = {BEGUN_FROM: dict(begun_from)} if begun_from else {}
     write_json(path, new | origin | {WRITTEN_BY: written_by()})
+    # Made now: what stands in its way is to be told before hours of work, not at the first save.
+    (workdir / "checkpoints").mkdir(exist_ok=True)
 
 
 def _first_difference(old: Vocabulary, new: Vocabulary) -> str:

@@ -1,5 +1,6 @@
 """What is said of a command line that is wrong, before there is a run: one clear sentence."""
 
+import json
 import re
 from pathlib import Path
 
@@ -84,6 +85,7 @@ COMMAND_LINES = {
     "--config.init_checkpoint=first": "init_checkpoint must be best, latest or the number of a st",
     "--config.train.tgt_len=0": "config.train.tgt_len must be a whole number of at least 1, got 0",
     "--config.train.max_step=0": "train.max_step must be a whole number of at least 1, got 0",
+    "--config.model.d_inner=2000000000": "need .* GiB, and there are .*model's sizes smaller",
     "--config.train.tgt_len=1000": "has 140 tokens, but batch_size 4 rows of tgt_len 1000",
     "--config.data.dir=/nowhere": "There is no folder /nowhere",
     "--config.data.dir= --config.data.name=wikitext103": r"--config\.data\.dir",
@@ -204,6 +206,7 @@ def test_a_platform_that_is_not_there(monkeypatch):
         ({"train": ""}, r"train\.txt is empty"),
         ({"valid": "\n \n"}, r"valid\.txt is empty"),
         ({"train": b"the \xff\xfe cat\n" * 40}, r"train\.txt is not UTF-8"),
+        ({"train": "the cat sat\n".encode("utf-16-le") * 40}, r"train\.txt is not UTF-8 .* UTF-16"),
         (
             {"train": "too short\n"},
             "has 3 tokens, but batch_size 4 rows of tgt_len 8 need at least",
@@ -222,6 +225,40 @@ def test_a_job_name_cannot_lead_out_of_the_runs(monkeypatch, tmp_path, field):
     config = Path(main.__file__).parent / DPFP
     refused(call(f"--config={config}", f"--config.{field}"), "is a path: expected")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_split_of_one_character_is_refused_before_training(train, tmp_path):
+    text = write_text(tmp_path / "text", train="1 2 3 " * 99, valid="1", test="1 2")
+    refused(
+        train(tmp_path / "run", data__dir=text, data__name="enwik8"), "valid split of enwik8 is a"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_home_in_paths(monkeypatch, tmp_path):
+    runs = []
+    run = lambda config, workdir, *_, **__: runs.append(workdir) or 0
+    monkeypatch.setattr(main.train, "run", run)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call(f"--config={DPFP}", "--workdir=~/my run")[0] == 0
+    assert runs == [tmp_path / "my run"]
+    for flag in ("--workdir", "--config.data.dir", "--config.data.cache_dir"):
+        result = call(f"--config={DPFP}", f"--workdir={tmp_path / 'a'}", f"{flag}=~nobody_/a")
+        refused(
+            result, "~nobody_/a begins with a home folder that cannot be found: write the whole"
+        )
+
+
+def test_what_the_first_command_is_said_to_end_with_was_measured():
+    """README's range; .ci/run trains its beginning."""
+    root = Path(main.__file__).parent
+    said = re.search(r"perplexity between (\d+) and (\d+)", (root / "README.md").read_text())
+    low, high = map(int, said.groups())
+    measured = json.loads((root / "benchmarks/results/first_command.json").read_text())
+    found = [run["validation_perplexity"] for run in measured["runs"]]
+    assert low < min(found) < max(found) < high < 1.4 * low
+    assert measured["command"] in (root / "README.md").read_text()
+    assert default.get_config().train.max_step == measured["step"]
 
 
 def test_training_needs_a_config(tmp_path):

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ def trained(place):
     """A finished run and what it said; not to be changed."""
     fields = SIZES | {"data.dir": place / "text", "data.cache_dir": place / "cache"}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    workdir = place / "run"
+    workdir = place / "my run"  # What is printed to be typed has to be quoted.
     return workdir, call(f"--config={DPFP}", f"--workdir={workdir}", *overrides)
 
 
@@ -50,7 +51,7 @@ def test_training_ends_with_what_to_do_next(trained):
     assert "step 4/4  loss " in out
     assert ">>> validation at step 2: loss " in out
     assert re.search(r"Best validation perplexity \d+\.\d\d \(approximate, step [24]\)", out)
-    assert out.endswith(f"Exact perplexity: python main.py --mode=valid --workdir={workdir}\n")
+    assert out.endswith(f"Exact perplexity: python main.py --mode=valid --workdir='{workdir}'\n")
     names = {path.name.split(".")[0] for path in workdir.iterdir()}
     assert {"config", "vocab", "checkpoints", "train_log", "learning_curve", "events"} <= names
     config = json.loads((workdir / "config.json").read_text())
@@ -306,12 +307,16 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_total(trained, tmp_path, 
 
     def interrupted(*given):
         yield from itertools.islice(parts(*given), 3)
-        raise KeyboardInterrupt
+        if not carry:
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(protocol, "partials", interrupted)
         status, out, _ = evaluate(*arguments)
-    assert status == 130
+    assert status == (143 if carry else 130)
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     assert "PARTIAL perplexity" in out
     assert not (workdir / "valid_results.json").exists()
 

@@ -27,6 +27,7 @@ from fwm.retrieval.model import EVAL_INTERVAL, SETTINGS, Model, adam, init, trai
 from fwm.terminal import say
 
 LOG = "evaluations.csv"
+SAID_EVERY = 10.0  # seconds, within a run
 
 
 class Row(NamedTuple):
@@ -88,7 +89,9 @@ def _run(config, workdir):
                 for worker in multiprocessing.active_children():
                     worker.terminate()
                 raise
-    say(report.write(summary(read_log(workdir / LOG)), workdir))
+    results = summary(read_log(workdir / LOG))
+    say(report.text(results))  # Before it is written, which may fail.
+    report.write(results, workdir)
 
 
 def _different(kind: Kind, which: str) -> Kind:
@@ -173,6 +176,7 @@ def _train(config, log, job):
         params = init(init_key, model, size)
         state = (jnp.int32(0), params, adam(lr).init(params))
         rows: list[Row] = []
+        said = started
         while not _stopped(rows, config["max_step"]):
             state, train_loss, eval_loss = train_and_evaluate(
                 model, config["setting"], size, n_batch, lr, state, key
@@ -183,6 +187,12 @@ def _train(config, log, job):
             rows.append(Row(*run, step, float(train_loss), float(eval_loss), seconds))
             with log.open("a", encoding="utf-8", newline="") as file:
                 file.write(_csv(rows[-1:]))  # in one piece: other processes write here, too
+            if time.perf_counter() - said >= SAID_EVERY:
+                said = time.perf_counter()
+                say(
+                    f"{name} S={size} seed {seed}: step {step} of at most {config['max_step']}, "
+                    f"loss {eval_loss:.4f}, best {_best(rows):.4f}, {seconds:.0f} s"
+                )
         result = f"{_best(rows):.4f}, stopped at step {step} after {seconds:.0f} s"
         say(f"{name} S={size} seed {seed}: {result}")
 

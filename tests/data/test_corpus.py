@@ -183,6 +183,17 @@ def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
         load(tmp_path, dir=folder(tmp_path / "text", "a b\n".encode("utf-16")))
 
 
+@pytest.mark.parametrize("tokenizer", ["words", "characters"])
+def test_utf_16_without_a_mark_is_refused_and_a_stray_nul_is_read(tmp_path, tokenizer):
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le"):
+        dir = folder(tmp_path / encoding, ("the cat sat\n" * 9).encode(encoding))
+        with pytest.raises(UserError, match=r"train\.txt is not UTF-8 text: it has NUL every few"):
+            load(tmp_path, dir=dir, tokenizer=tokenizer)
+    if tokenizer == "words":
+        found = load(tmp_path, dir=folder(tmp_path / "stray", "the c\0t sat on it\n"))
+        assert "c\0t" in found.vocab.symbols
+
+
 @pytest.mark.parametrize(
     ("text", "warned"),
     [
