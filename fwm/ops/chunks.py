@@ -182,7 +182,7 @@ def _rows_forward(rule, plan, features, inputs, keep):
 
     start = (
         weights.mT.reshape(-1, *weights.mT.shape[2:]),
-        jnp.zeros((*padded[2].shape[:3], weights.shape[-1]), padded[2].dtype),
+        jnp.zeros((*padded[0].shape[:3], weights.shape[-1]), padded[2].dtype),
     )
     (m, out), kept = jax.lax.scan(step, vary(start, tokens), jnp.arange(plan.n_group))
     return (out[:, :length], m.mT.reshape(weights.shape)), kept
@@ -202,7 +202,7 @@ def _run_backward(rule, plan, residuals, cotangents):
 def _rows_backward(rule, plan, features, inputs):
     kept, tokens, (dout, dweights) = inputs
     padded = _pad(rule, plan, tokens)
-    dout = _fill(plan, dout, 0.0)
+    dout = _fill(plan, dout, 0.0, dout.shape[1])
     length = tokens[0].shape[1]
 
     def step(carry, inputs):
@@ -227,7 +227,7 @@ def _rows_backward(rule, plan, features, inputs):
     groups = jnp.arange(plan.n_group)
     (dm, dfeatures, gradients), _ = jax.lax.scan(step, start, (groups, kept), reverse=True)
     gradients = tuple(
-        g[:, :length].reshape(x.shape) for g, x in zip(gradients, tokens, strict=True)
+        g[:, : x.shape[1]].reshape(x.shape) for g, x in zip(gradients, tokens, strict=True)
     )
     return dfeatures, (dm.mT.reshape(dweights.shape), gradients)
 
@@ -257,11 +257,13 @@ def _pad(rule, plan, tokens):
     """All tokens as [B, T, N, F], the last group filled up with tokens that change nothing."""
     neutral = (0.0, 0.0, 0.0, *(i.neutral for i in rule.inputs))
     wide = (x if x.ndim == 4 else x[..., None] for x in tokens)
-    return tuple(_fill(plan, x, value) for x, value in zip(wide, neutral, strict=True))
+    length = tokens[0].shape[1]
+    return tuple(_fill(plan, x, value, length) for x, value in zip(wide, neutral, strict=True))
 
 
-def _fill(plan, x, value):
-    missing = plan.n_group * plan.n_chunk * plan.size - x.shape[1]
+def _fill(plan, x, value, length):
+    """x has a row, or several, for each of the `length` tokens."""
+    missing = (plan.n_group * plan.n_chunk * plan.size - length) * (x.shape[1] // length)
     if not missing:
         return x
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=value)
@@ -282,19 +284,19 @@ def _addresses(plan, length, group, features, q, k):
 
 
 def _cut(plan, group, x):
-    """One group of x [B, T, N, F], as [chunk, B N, C, F]."""
-    n_batch, _, n_head, n_feature = x.shape
-    length = plan.n_chunk * plan.size
+    """One group of x [B, T, N, F], as [chunk, B N, C, F]; or of x with several rows a token."""
+    n_batch, rows, n_head, n_feature = x.shape
+    length = rows // plan.n_group
     x = jax.lax.dynamic_slice_in_dim(x, group * length, length, axis=1)
-    x = x.reshape(n_batch, plan.n_chunk, plan.size, n_head, n_feature).transpose(1, 0, 3, 2, 4)
-    return x.reshape(plan.n_chunk, n_batch * n_head, plan.size, n_feature)
+    x = x.reshape(n_batch, plan.n_chunk, -1, n_head, n_feature).transpose(1, 0, 3, 2, 4)
+    return x.reshape(plan.n_chunk, n_batch * n_head, -1, n_feature)
 
 
 def _put(plan, group, x, part):
     """Write one group, as `_cut` made it, to its place in x [B, T, N, F]."""
-    n_batch, _, n_head, n_feature = x.shape
-    length = plan.n_chunk * plan.size
-    part = part.reshape(plan.n_chunk, n_batch, n_head, plan.size, n_feature)
+    n_batch, rows, n_head, n_feature = x.shape
+    length = rows // plan.n_group
+    part = part.reshape(plan.n_chunk, n_batch, n_head, -1, n_feature)
     part = part.transpose(1, 0, 3, 2, 4).reshape(n_batch, length, n_head, n_feature)
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), group * length, axis=1)
 
