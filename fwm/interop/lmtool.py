@@ -360,12 +360,12 @@ def to_lmtool(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, np
         c = config
         known = {(kind[1], kind[2], kind[4]) for kind in ATTN_TYPES.values()}
         own = c.key_norm not in ("", UPDATE_RULES[c.update_rule].key_norm)
-        own = own or c.make_mixer().switched()
+        own = own or c.make_mixers()[0].switched()
         if (c.feature_map, c.update_rule, c.scale_output) not in known or own:
             raise UserError(
                 f"the official toolkit has no layer of feature_map={c.feature_map}, update_rule="
                 f"{c.update_rule}, key_norm={c.key_norm!r}, scale_output={c.scale_output} and "
-                f"{', '.join(c.make_mixer().switched()) or 'nothing'} switched on: "
+                f"{', '.join(c.make_mixers()[0].switched()) or 'nothing'} switched on: "
                 "expected one of ATTN_TYPES."
             )
     params = variables["params"]
