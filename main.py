@@ -5,6 +5,7 @@ python main.py --mode=valid --workdir=runs/a           exact perplexity, validat
 python main.py --mode=eval  --workdir=runs/a           the same, test split; or valid,eval
 python main.py --mode=generate --workdir=runs/a --prompt="The history of"      what it writes
 python main.py --mode=compare --workdir=runs/a,runs/b  curves in one figure, results in a table
+python main.py --mode=report --workdir=runs/a,runs/b   one page about runs, finished or not
 python main.py --mode=retrieval --config=configs/retrieval.py:capacity    synthetic experiments
 python main.py --config=examples/own_task.py           with what a file of one's own registers
 
@@ -38,7 +39,17 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default, linear_delta
-from fwm import config_file, evaluate, generate, parallel, registry, reporting, retrieval, train
+from fwm import (
+    config_file,
+    evaluate,
+    generate,
+    look,
+    parallel,
+    registry,
+    reporting,
+    retrieval,
+    train,
+)
 from fwm.config import build_config, check, limits
 from fwm.data.cache import cache_folder
 from fwm.data.sources import label
@@ -47,10 +58,12 @@ from fwm.files import expanded, flatten
 from fwm.terminal import open_streams, say
 from fwm.workdir import check_holds_run, config_of_run, saved_config, texts_of_run
 
-MODES = ["train", "valid", "eval", "valid,eval", "generate", "compare", "retrieval"]
+MODES = ["train", "valid", "eval", "valid,eval", "generate", "compare", "report", "retrieval"]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Directory of the run, by default runs/<job name>; several for compare: a,b."
+    "workdir",
+    "",
+    "Directory of the run, by default runs/<job name>; several for compare and report: a,b.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "What --mode=generate goes on from.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, or auto.")
@@ -219,6 +232,26 @@ def compare(workdirs: list[Path]) -> int:
     return 0
 
 
+def report(workdirs: list[Path]) -> int:
+    """Write one page about several runs, whatever there is of each."""
+    runs = []
+    for workdir in workdirs:
+        check_holds_run(workdir)
+        settings = saved_config(workdir)
+        paper = reporting.paper_result(settings, published())
+        run = reporting.Run(workdir, settings, paper, texts_of_run(workdir))
+        try:
+            sample, words, memories = look.inside(config_of_run(workdir, {}), workdir)
+            run = run._replace(sample=sample, words=words, memories=memories)
+        except UserError as error:  # No checkpoint yet, or none that this command line can read.
+            run = run._replace(note=str(error))
+        runs.append(run)
+    page = workdirs[0] / "report.html"
+    reporting.write_report(runs, page)
+    say(f"Report: {page}")
+    return 0
+
+
 def dispatch(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
     try:
@@ -246,10 +279,11 @@ def dispatch(argv: list[str]) -> int:
             note = f"--config is not used: the settings are those of the run in {workdir}."
             say(note, sys.stderr)
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
-        if MODE.value == "compare":
+        if MODE.value in ("compare", "report"):
             if overrides:
-                raise UserError("--mode=compare has no settings: leave --config.... out.")
-            return compare([expanded(name) for name in WORKDIR.value.split(",")])
+                raise UserError(f"--mode={MODE.value} has no settings: leave --config.... out.")
+            several = {"compare": compare, "report": report}[MODE.value]
+            return several([expanded(name) for name in WORKDIR.value.split(",")])
         config = config_of_run(workdir, overrides)
     # Absolute, so that an evaluation finds the text from anywhere.
     for key in ("dir", "file"):
