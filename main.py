@@ -1,11 +1,15 @@
 """fwm's command line: flags, and dispatch on --mode.
 
 python main.py --config=configs/dpfp_delta.py          train, resume
+    --workdir=runs/a --extend --config.train.max_step=2000     the run there, longer
+    --workdir=runs/b --config.init_from=runs/a         a run that begins with its weights
 python main.py --mode=valid --workdir=runs/a           exact perplexity, validation split
 python main.py --mode=eval  --workdir=runs/a           the same, test split; or valid,eval
 python main.py --mode=generate --workdir=runs/a --prompt="The history of"      what it writes
 python main.py --mode=compare --workdir=runs/a,runs/b  curves in one figure, results in a table
 python main.py --mode=report --workdir=runs/a,runs/b   one page about runs, finished or not
+python main.py --mode=import --official=lm/model.pt --workdir=runs/official    a model of lmtool-fwp
+python main.py --mode=export --official=lm/model.pt --workdir=runs/a           and the way back
 python main.py --mode=retrieval --config=configs/retrieval.py:capacity    synthetic experiments
 python main.py --config=examples/own_task.py           with what a file of one's own registers
 
@@ -44,6 +48,7 @@ from fwm import (
     evaluate,
     generate,
     look,
+    official,
     parallel,
     registry,
     reporting,
@@ -58,7 +63,10 @@ from fwm.files import expanded, flatten
 from fwm.terminal import open_streams, say
 from fwm.workdir import check_holds_run, config_of_run, saved_config, texts_of_run
 
-MODES = ["train", "valid", "eval", "valid,eval", "generate", "compare", "report", "retrieval"]
+MODES = [
+    "train", "valid", "eval", "valid,eval", "generate", "compare", "report", "import", "export",
+    "retrieval",
+]  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -66,6 +74,10 @@ WORKDIR = flags.DEFINE_string(
     "Directory of the run, by default runs/<job name>; several for compare and report: a,b.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "What --mode=generate goes on from.")
+OFFICIAL = flags.DEFINE_string("official", "", official.HELP)
+EXTEND = flags.DEFINE_bool(
+    "extend", False, "Train a run of --workdir on to a config.train.max_step above its own."
+)
 COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, or auto.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
@@ -125,7 +137,11 @@ def _describe(config: ConfigDict, text: str = "") -> str:
     parts += ["carry"] * t.carry_over_fast_weight + [f"mem{m.mem_len}"] * bool(m.mem_len)
     parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]
     parts += [f"len{t.tgt_len}", f"bs{t.batch_size}", f"lr{t.lr:g}", f"steps{t.max_step}"]
+    parts += [t.scheduler] * (t.scheduler == "wsd") + [f"wd{t.weight_decay:g}"] * bool(
+        t.weight_decay
+    )
     parts += [f"drop{m.dropout:g}", f"seed{config.seed}"]
+    parts += [f"from-{Path(config.init_from).name}"] * bool(config.init_from)
     return "-".join(parts)
 
 
@@ -269,6 +285,13 @@ def dispatch(argv: list[str]) -> int:
         check_platform()
     if PROMPT.value and MODE.value != "generate":
         raise UserError(f"--prompt belongs to --mode=generate, but the mode is {MODE.value}.")
+    if bool(OFFICIAL.value) != (MODE.value in ("import", "export")):
+        raise UserError(
+            f"--official=model.pt belongs to --mode=import and --mode=export, and the mode is "
+            f"{MODE.value}: give both or neither."
+        )
+    if EXTEND.value and MODE.value != "train":
+        raise UserError(f"--extend belongs to training, but the mode is {MODE.value}.")
     if MODE.value == "retrieval":
         return retrieval.run(config, expanded(WORKDIR.value or f"runs/retrieval-{config.setting}"))
     workdir = expanded(WORKDIR.value) if WORKDIR.value else default_workdir(config)
@@ -284,7 +307,13 @@ def dispatch(argv: list[str]) -> int:
                 raise UserError(f"--mode={MODE.value} has no settings: leave --config.... out.")
             several = {"compare": compare, "report": report}[MODE.value]
             return several([expanded(name) for name in WORKDIR.value.split(",")])
+        if MODE.value == "import":
+            for key in overrides.keys() & {"data.dir", "data.file"}:
+                overrides[key] = str(expanded(overrides[key]).absolute())
+            return official.import_run(expanded(OFFICIAL.value), workdir, overrides)
         config = config_of_run(workdir, overrides)
+        if MODE.value == "export":
+            return official.export_run(config, workdir, expanded(OFFICIAL.value))
     # Absolute, so that an evaluation finds the text from anywhere.
     for key in ("dir", "file"):
         if config.data[key]:
@@ -297,7 +326,7 @@ def dispatch(argv: list[str]) -> int:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     if MODE.value == "train":
-        return train.run(config, workdir, _describe(config))
+        return train.run(config, workdir, _describe(config), extend=EXTEND.value)
     if MODE.value == "generate":
         return generate.run(config, workdir, PROMPT.value)
     splits = ["test" if mode == "eval" else mode for mode in MODE.value.split(",")]

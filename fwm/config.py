@@ -48,6 +48,8 @@ def defaults() -> ConfigDict:
     c = ConfigDict()
     c.task = "text"  # what the model is trained on
     c.registered_in = ""  # the config file that a run needs for what it registers; set by itself
+    c.init_from = ""  # the workdir of a run whose weights are the first ones; "": they are drawn
+    c.init_checkpoint = "best"  # of that run: best, latest, or a step
     c.seed = 1111  # of everything random: initial parameters, dropout, FAVOR+ projections
 
     c.data = ConfigDict()
@@ -76,6 +78,7 @@ def defaults() -> ConfigDict:
     c.train.carry_over_fast_weight = False  # the next segment starts from the last one's memory
     c.train.batch_chunk = 1  # gradient accumulation: parts that a batch is computed in
     c.train.eval_interval = 4000  # updates between validations, each with a checkpoint
+    c.train.save_minutes = 10.0  # between checkpoints beside those; 0: none
     c.train.eval_batch_size = 10  # rows of the quick validation
     c.train.log_interval = 200  # updates between lines of the log
     c.train.nan_policy = "stop"  # stop, skip: what a loss or gradient does that is not finite
@@ -108,18 +111,22 @@ def defaults() -> ConfigDict:
 # What a value may be, where the type of its default does not say it all.
 LIMITS: dict[str, Kind] = {
     "seed": SEED,
+    "init_checkpoint": CHECKPOINT,
     "data.vocab_size": whole(0),
     "train.batch_size": SIZE,
     "train.tgt_len": SIZE,
     "train.max_step": SIZE,
     "train.lr": RATE,
     "train.warmup_step": whole(0),
+    "init_checkpoint": CHECKPOINT,
+    "train.save_minutes": NOT_NEGATIVE,
     "train.scheduler": one_of(SCHEDULES),
     "train.decay_step": whole(0),
     "train.weight_decay": NOT_NEGATIVE,
     "train.clip": NOT_NEGATIVE,
     "train.batch_chunk": SIZE,
     "train.eval_interval": SIZE,
+    "train.save_minutes": NOT_NEGATIVE,
     "train.eval_batch_size": SIZE,
     "train.log_interval": SIZE,
     "train.nan_policy": one_of(("stop", "skip")),

@@ -24,6 +24,7 @@ from fwm.config import ModelConfig, check, evaluated
 from fwm.errors import UserError
 from fwm.files import replacing, write_json
 from fwm.model import LanguageModel
+from fwm.perplexity import perplexity
 from fwm.score import (
     Partial,
     Score,
@@ -136,11 +137,14 @@ def _score_one(
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
         **metrics,
     }
+    compared = _compared(score, task.unit, text)
+    results |= compared
     several = "," in config.eval.checkpoint
     path = workdir / f"{split}_results{other}{f'_{step}' if several else ''}.json"
     unit = "character" if task.unit == "character" else "token"
     tell(
         f"perplexity {score.perplexity:.3f}, {score.bits_per_token:.4f} bits per {unit}"
+        + _told(compared, task.unit)
         + "".join(f", {name} {value:.4f}" for name, value in metrics.items())
         + f" over {score.count} tokens, checkpoint of step {step}, {seconds:.1f} s; {path}"
     )
@@ -154,6 +158,34 @@ def _score_one(
         ) from error
     kept.path.unlink(missing_ok=True)
     return results
+
+
+def _compared(score: Score, unit: str, text: Mapping[str, Any] | None) -> dict[str, float]:
+    """What models of one text can be compared by whatever their tokens are, where it is known.
+
+    A word is what a word model has as a token, ends of lines included. Tokens are not one to one
+    with words, so the nll of all is spread over these: log p per word = log p per token * tokens /
+    words. Bits per character and byte only where tokens can write every text, unlike words.
+    """
+    if text is None:
+        return {}
+    sizes = {"words": text["tokens"]} if unit == "word" else text
+    names = [name for name in ("words", "characters", "bytes") if sizes.get(name)]
+    per = {name: text["tokens"] / sizes[name] for name in names}
+    found = {}
+    if "words" in per:
+        found["perplexity_per_word"] = perplexity(score.mean_nll * per["words"])
+    for name, many in (("bits_per_character", "characters"), ("bits_per_byte", "bytes")):
+        if many in per:
+            found[name] = score.bits_per_token * per[many]
+    return found
+
+
+def _told(compared: Mapping[str, float], unit: str) -> str:
+    if unit == "word" or "perplexity_per_word" not in compared:
+        return ""
+    bits = f", {compared['bits_per_character']:.4f} bits per character" * (unit != "character")
+    return f"{bits}, perplexity per word {compared['perplexity_per_word']:.2f}"
 
 
 def _file_name(text: Mapping[str, Any]) -> str:

@@ -244,13 +244,13 @@ def load(
 def text_pieces(vocab: data.Vocabulary, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids as they come, in pieces that together are `vocab.decode(ids)`.
 
-    A word with the space before it, a newline for `<eos>`, or a character (of bytes: when its last
-    byte has come).
+    A word with the space before it, a newline for `<eos>`, a character, or what a subword has of
+    them (of bytes and subwords: when the last byte of a character has come).
     """
-    if vocab._bytes:
+    if vocab.of_bytes:
         # A character may be several of them.
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        pieces = (decode(bytes([int(vocab.symbols[i])])) for i in ids)
+        pieces = (decode(vocab.bytes_of(i)) for i in ids)
         yield from filter(None, pieces)
         yield from filter(None, [decode(b"", final=True)])
         return
@@ -262,14 +262,19 @@ def text_pieces(vocab: data.Vocabulary, ids: Iterable[int]) -> Iterator[str]:
 
 
 def encode_prompt(vocab: data.Vocabulary, prompt: str) -> tuple[np.ndarray, list[str]]:
-    """Ids of a prompt, [P] int32, and those of its words that are outside the vocabulary.
+    """Ids of a prompt, [P] int32, and those of its words or characters that become `<unk>`.
 
     Raises:
         UserError: a symbol is unknown and the vocabulary has no `<unk>`.
     """
-    words = prompt.split() if vocab.unk_id is not None and vocab.eos_id is not None else []
-    unknown = [word for word in dict.fromkeys(words) if word not in vocab.index]
-    return vocab.encode(prompt, add_eos=False), unknown
+    ids = vocab.encode(prompt, add_eos=False)
+    parts = prompt.split() if vocab.eos_id is not None else prompt
+    unknown = [
+        part
+        for part in (dict.fromkeys(parts) if vocab.unk_id in ids.tolist() else ())
+        if vocab.encode(part, add_eos=False).tolist() == [vocab.unk_id] and part not in vocab.index
+    ]
+    return ids, unknown
 
 
 def run(config: Any, workdir: Path, prompt: str) -> int:
@@ -294,10 +299,11 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
     ids, unknown = encode_prompt(vocab, prompt)
     if unknown:
         note(f"note: not in the vocabulary, and read as <unk>: {', '.join(unknown)}")
-    if len(ids) == 0 and vocab.eos_id is None:
-        raise UserError("--mode=generate with a character model needs --prompt=... to go on from.")
     # Where there is no prompt, the end of a line announces a new one.
-    start = ids if len(ids) else vocab.encode("\n")
+    newline = [] if vocab.newline_id is None else [vocab.newline_id]
+    if not len(ids) and not newline:
+        raise UserError("--mode=generate with a character model needs --prompt=... to go on from.")
+    start = ids if len(ids) else newline
     options = config.generate.to_dict()
     del options["checkpoint"]
     words = generate(decoder, start, **options)

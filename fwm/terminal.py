@@ -4,22 +4,29 @@ import contextlib
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 _given_up: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def say(text: str = "", stream: Any = None, end: str = "\n") -> None:
-    """Print to a stream, standard output if None, at once.
+    """Print to a stream, standard output if None, at once; as `attempt`."""
+    stream = sys.stdout if stream is None else stream
+    attempt(stream, lambda: print(text, end=end, file=stream))
 
-    Where that fails (a pipe that nobody reads, a full disk) the stream is given up: what is said
+
+def attempt(stream: Any, action: Callable[[], Any]) -> None:
+    """Do what writes to a stream.
+
+    Where that fails (a pipe that nobody reads, a full disk) the stream is given up: what is written
     later goes nowhere, and standard error says so once.
     """
-    stream = sys.stdout if stream is None else stream
     if stream in _given_up:
         return
     try:
-        print(text, end=end, file=stream, flush=True)
+        action()
+        stream.flush()
     except OSError as error:
         give_up(stream)
         if stream is not sys.stderr:
@@ -47,6 +54,10 @@ def open_streams() -> None:
 
 
 def is_live(stream: Any) -> bool:
-    """Whether a line of the stream may be drawn anew, in bold and so on."""
-    plain = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
-    return stream.isatty() and not plain
+    """Whether a line of the stream may be drawn anew."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def is_colored(stream: Any) -> bool:
+    """Whether it may be in bold and so on."""
+    return is_live(stream) and not os.environ.get("NO_COLOR")

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+from absl import flags
 from program import DPFP, call, contents, evaluate, refused, write_text
 
 import main
 from configs import default
+from fwm import config_file
+from fwm.errors import UserError
 
 
 def test_the_name_of_a_run_tells_what_matters():
@@ -15,14 +18,27 @@ def test_the_name_of_a_run_tells_what_matters():
     assert name.startswith("embedded-dpfp-delta-none-nu2-nopos-L2-d128-h4x16-ff512-len64-bs16-lr")
     assert "-drop0.2-seed1111" in name
     assert main.job_name(default.build("tiny", mixer="softmax")).startswith("embedded-softmax-L2")
+    config = default.build("tiny")
+    config.train.scheduler, config.train.weight_decay, config.init_from = "wsd", 0.1, "runs/a/"
+    assert main.job_name(config).endswith("-steps1000-wsd-wd0.1-drop0.1-seed1111-from-a")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_shows_an_example_of_each_mode_and_how_keys_are_set(flag):
     status, out, err = call(flag)
     assert (status, err) == (0, "")
-    for word in (*main.MODES, "--workdir", "--config.train.lr=3e-4", "--prompt"):
-        assert word in out
+    words = (
+        *main.MODES,
+        "--workdir",
+        "--config.train.lr=3e-4",
+        "--prompt",
+        "--extend",
+        "init_from",
+    )
+    words += ("--official", "arguments.json", "vocab.txt", "model.npz", "state_dict()")
+    # absl lists the flags of the main module, which here is another one.
+    out += flags.FLAGS["official"].help
+    assert [word for word in words if word not in out] == []
 
 
 COMMAND_LINES = {
@@ -61,6 +77,11 @@ COMMAND_LINES = {
     "--config.train.batch_chunk=0": "batch_chunk must be a whole number of at least 1",
     "--config.seed=10000000000000000000000": "config.seed must be .* and at most 4294967295, got 1",
     "--config.seed=-1": "config.seed must be a whole number of at least 0 and at most 4294967295",
+    "--config.train.save_minutes=-1": "save_minutes must be a number of at least 0, got -1",
+    "--config.train.weight_decay=-0.1": "weight_decay must be a number of at least 0, got -0.1",
+    "--config.train.decay_step=7": "decay_step=7 has no meaning for the scheduler cosine",
+    "--config.init_from=/nowhere": r"/nowhere holds no run \(no config\.json\)",
+    "--config.init_checkpoint=first": "init_checkpoint must be best, latest or the number of a st",
     "--config.train.tgt_len=0": "config.train.tgt_len must be a whole number of at least 1, got 0",
     "--config.train.max_step=0": "train.max_step must be a whole number of at least 1, got 0",
     "--config.train.tgt_len=1000": "has 140 tokens, but batch_size 4 rows of tgt_len 1000",
@@ -95,6 +116,73 @@ def test_a_config_file_that_is_not_there(arguments, said):
     status, out, err = call(*arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert re.search(said, err)
+
+
+CHANGED = """
+from ml_collections import ConfigDict
+from fwm.config import build
+
+def get_config():
+    c = build().to_dict()
+    {}
+    return ConfigDict(c)
+"""
+OWN_FILES = {
+    "def get_config(:": "fails in line 1 with SyntaxError",
+    "\n\nimport nothing_there": "fails in line 3 with ModuleNotFoundError .*No module named",
+    "x = 1": "defines no get_config: expected a ConfigDict, best made with fwm.config.build",
+    "def get_config():\n    return 1 / 0": r"fails in line 2 with ZeroDivisionError \(division by",
+    "def get_config():\n    open('/nothing')": "fails in line 2 with FileNotFoundError",
+    "def get_config(): pass": "get_config of .*own.py returns NoneType: expected a ConfigDict",
+    "get_config = dict": "returns dict: expected a ConfigDict",
+    "get_config = 3": "fails with TypeError",
+    "def get_config(a): pass": "fails with TypeError",
+    "from fwm.config import build\ndef get_config():\n    c = build()\n    c.train.lr = '3e-4'":
+        "fails in line 4 with TypeError",
+    CHANGED.format("c = {'lr': 0.1}"): "a config lacks data.cache_dir, .*begin with fwm.config.bui",
+    CHANGED.format("del c['train']['lr']"): "a config lacks train.lr: ",
+    CHANGED.format("c['train']['lrr'] = 1"): "a config has unknown keys: train.lrr: ",
+    CHANGED.format("c['train'] = 3"): "a config lacks train.batch_chunk, ",
+    CHANGED.format("c['train']['lr'] = '3e-4'"): "config.train.lr must be a number above 0, got '3",
+    CHANGED.format("c['train']['max_step'] = 1e3"): "config.train.max_step must be .* got 1000.0",
+    CHANGED.format("c['model']['no_pos'] = 'yes'"): "config.model.no_pos must be True or False",
+    CHANGED.format("c['model']['n_layer'] = 1.5"): "config.model.n_layer must be a whole number",
+    CHANGED.format("c['report']['job_name'] = None"): "config.report.job_name must be text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", OWN_FILES)
+@pytest.mark.parametrize("flags", [[], ["--config.train.nan_policy=stop"]])
+def test_a_config_file_that_is_wrong(content, flags, tmp_path):
+    (tmp_path / "own.py").write_text(content)
+    lacking = OWN_FILES[content] if not flags else "own.py|config"
+    refused(call(f"--config={tmp_path / 'own.py'}", *flags), lacking)
+
+
+def test_flags_in_a_file_and_a_config_file_of_another_folder(monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setattr(
+        main.train, "run", lambda config, workdir, *_, **__: runs.append((config, workdir)) or 0
+    )
+    own = tmp_path / "own.py"
+    own.write_text("from fwm.config import build\ndef get_config(options='tiny'):\n"
+                   "    return build(options)")  # fmt: skip
+    file = tmp_path / "flags.txt"
+    file.write_text(
+        f"# mine\n--config={own}:small\n--config.train.lr=0.5\n--workdir={tmp_path}/a\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for flag in (f"--flagfile={file}", "--flagfile=flags.txt"):
+        assert call(flag, "--config.seed=7")[0] == 0
+        config, workdir = runs.pop()
+        assert (config.train.lr, config.seed, config.model.n_layer) == (0.5, 7, 16)
+        assert workdir == tmp_path / "a"
+    assert call("--config=own.py")[0] == 0
+    refused(call("--flagfile=nothing.txt"), "nothing.txt")
+    # Beside main.py, and not here.
+    monkeypatch.setattr(main.sys, "argv", [main.__file__])
+    with pytest.raises(UserError, match=f"in {tmp_path}; there is .*/{DPFP}: expected the path"):
+        config_file.load(f"{DPFP}:small")
 
 
 def test_a_platform_that_is_not_there(monkeypatch):

@@ -90,7 +90,14 @@ def test_exact_perplexity(trained, tmp_path, mode, split, tokens):
     fields += ("text", "dtype", "eval")
     text = results["text"]
     assert (text["tokens"], text["of_run"], len(text["digest"])) == (tokens, True, 32)
-    assert results.keys() == {*expected, *fields, "mean_nll", "perplexity", "bits_per_token"}
+    assert results.keys() == {
+        *expected,
+        *fields,
+        "mean_nll",
+        "perplexity",
+        "bits_per_token",
+        "perplexity_per_word",
+    }
     assert results["perplexity"] == pytest.approx(2.0 ** results["bits_per_token"])
     assert results["perplexity"] == pytest.approx(2.718281828459045 ** results["mean_nll"])
     assert results["checkpoint_step"] in (2, 4)

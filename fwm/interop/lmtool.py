@@ -6,6 +6,8 @@
 travel the same way.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwm.config import ModelConfig
+from fwm.config import ModelConfig, model_keys
 from fwm.errors import UserError
 from fwm.model import LanguageModel, redraw_projections
+from fwm.model_config import mixer_keys
 from fwm.ops import UPDATE_RULES
 
 # attn_type: (mixer, feature map, update rule, attention normalisation unless skipped, scale_output)
@@ -115,6 +118,42 @@ def config_from_lmtool(arguments: Mapping[str, Any]) -> ModelConfig:
         tie_projs=tie_projs,
         performer_proj_dim=a["proj_dim"],
         dpfp_n_roll=a["n_roll"],
+    )
+
+
+def arguments_to_lmtool(config: ModelConfig) -> dict[str, Any]:
+    """The official constructor's arguments for a model: the inverse of `config_from_lmtool`.
+
+    Raises:
+        UserError: the official toolkit has no such model.
+    """
+    c, mixer = config, config.make_mixers()[0]
+    if c.key_norm == UPDATE_RULES[c.update_rule].key_norm:  # The rule's own, by its name.
+        plain: dict[str, Any] = {"key_norm": ""}
+        c = dataclasses.replace(c, **plain)
+    # The keys that say what is computed: not the dtype, nor those of mixers that it has not.
+    read = [
+        n for n in model_keys() if n != "dtype" and (n not in mixer_keys() or hasattr(mixer, n))
+    ]
+    common = dict(
+        n_token=c.n_token, n_layer=c.n_layer, n_head=c.n_head, d_model=c.d_model, d_head=c.d_head,
+        d_inner=c.d_inner, d_embed=c.d_embed, dropout=c.dropout, dropatt=c.dropatt,
+        mem_len=c.mem_len, clamp_len=c.clamp_len, same_length=c.same_length,
+        cutoffs=list(c.cutoffs), div_val=c.div_val, tie_weight=c.tie_weight,
+        tie_projs=list(c.tie_projs), no_pos=c.no_pos, pre_lnorm=c.norm == "pre_lnorm",
+        proj_dim=c.performer_proj_dim, n_roll=c.dpfp_n_roll,
+    )  # fmt: skip
+    for kind, skip in itertools.product(ATTN_TYPES, (False, True)):
+        arguments = common | {"attn_type": kind, "skip_attn_normalization": skip}
+        if ATTN_TYPES[kind][0] != c.mixer or (kind in (4, 5, 6) and c.dropatt > 0):
+            continue
+        back = config_from_lmtool(arguments)
+        if all(getattr(back, name) == getattr(c, name) for name in read):
+            return arguments
+    raise UserError(
+        f"the official toolkit has no model of mixer={c.mixer}, norm={c.norm}"
+        + "".join(f", {name}={getattr(mixer, name)!r}" for name in read if name in mixer_keys())
+        + ": ATTN_TYPES has those that there are."
     )
 
 

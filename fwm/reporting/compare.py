@@ -11,7 +11,14 @@ from fwm.reporting.figures import draw_learning_curves
 from fwm.reporting.sinks import LOG, log_rows
 
 # What decides whether a run is one that the paper reports.
-DECIDING = ("data.name", "model.", "train.tgt_len", "train.carry_over_fast_weight")
+DECIDING = (
+    "data.name",
+    "data.file",
+    "data.tokenizer",
+    "model.",
+    "train.tgt_len",
+    "train.carry_over_fast_weight",
+)
 
 
 def compare(
@@ -93,6 +100,10 @@ def exact_perplexity(
     for name, setting in theirs.items():
         if name in result and result[name] != trained.get(setting, result[name]):
             notes.append(f"{name} {result[name]}")
+    # Perplexities of words and of other tokens are not comparable; those per word are.
+    per_word = result.get("perplexity_per_word")
+    if isinstance(per_word, int | float) and per_word != result["perplexity"]:
+        notes.append(f"per word {per_word:.3f}")
     step = result.get("checkpoint_step", steps)
     if step != steps:
         notes.append(f"checkpoint of step {step} of {steps}")
