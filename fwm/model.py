@@ -30,7 +30,7 @@ from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop
 
 __all__ = [
-    "LanguageModel", "ModelConfig", "build_config", "empty_memory", "make_block",
+    "LanguageModel", "ModelConfig", "build_config", "empty_memory", "layer_of", "make_block",
     "redraw_projections",
 ]  # fmt: skip
 
@@ -44,6 +44,16 @@ def make_block(config: ModelConfig, place: int = 0) -> Block:
     """
     c = config
     return Block(c.make_mixers()[place], c.d_inner, c.dropout, c.norm, c.dtype, parent=None)
+
+
+def layer_of(config: ModelConfig, variables: Any, number: int) -> tuple[Block, dict[str, Any]]:
+    """Layer `number`, from 0, of a model and its own variables, to be run by itself."""
+    repeat, place = divmod(number, len(config.pattern))
+    own = {
+        name: jax.tree.map(lambda leaf: leaf[repeat], _places(config, collection["layers"])[place])
+        for name, collection in variables.items()
+    }
+    return make_block(config, place), own
 
 
 def empty_memory(config: ModelConfig, batch_size: int) -> Any:
