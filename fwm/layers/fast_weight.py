@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from fwm import ops
 from fwm.errors import UserError
 from fwm.layers.mixer import Mixer, Shared
-from fwm.layers.parts import project
+from fwm.layers.parts import Heads, project
 from fwm.ops.dropout import Dropout
 
 
@@ -70,16 +70,14 @@ class FastWeightAttention(Mixer):
         features, n_key = self._features(self._arrays()), self._n_key()
         rule = ops.UPDATE_RULES[self.update_rule]
         widths = [n_key if i.per_key else 1 for i in rule.inputs]
-        projection = project((self.n_head, 3 * d + sum(widths)), -1, self.dtype, "qkv")
-        qkv = projection(x if norm is None else norm(x))
-        q, k, v = qkv[..., :d], qkv[..., d : 2 * d], qkv[..., 2 * d : 3 * d]
+        projection = Heads(self.n_head, (d, d, d, *widths), self.dtype, name="qkv")
+        q, k, v, *columns = projection(x if norm is None else norm(x))
         if norm is not None:
-            q = projection(x)[..., :d]
-        inputs, start = {}, 3 * d
-        for i, width in zip(rule.inputs, widths, strict=True):
-            columns = qkv[..., start : start + width] if i.per_key else qkv[..., start]
-            inputs[i.name] = i.activation(columns.astype(jnp.float32))
-            start += width
+            q = projection(x)[0]
+        inputs = {}
+        for i, column in zip(rule.inputs, columns, strict=True):
+            column = column if i.per_key else column[..., 0]
+            inputs[i.name] = i.activation(column.astype(jnp.float32))
         if self.is_mutable_collection("intermediates"):  # for those who look inside: notebooks/03
             read = (features(q), features(k), v, *inputs.values())
             self.sow("intermediates", "memory_inputs", read)

@@ -131,10 +131,13 @@ def test_sums_over_many_tokens_in_16_bits(dtype):
 
 
 @pytest.mark.parametrize(
-    "rule", [ops.delta_rule, ops.recurrent.delta_rule], ids=["chunks", "tokens"]
+    ("rule", "platform"),
+    [(ops.delta_rule, "cpu"), (ops.delta_rule, "gpu"), (ops.recurrent.delta_rule, "cpu")],
+    ids=["chunks", "whole", "tokens"],
 )
-def test_shard_map_with_its_default_checks(rule):
+def test_shard_map_with_its_default_checks(rule, platform, monkeypatch):
     """Rows on two devices, the state on both: values and gradients as on one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     tokens = float32(make_inputs("simplex", 2, 5, 2, 64, 3))[:4]
     state = jnp.ones((1, 2, 64, 3))
 
@@ -163,8 +166,10 @@ def test_shard_map_with_its_default_checks(rule):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_shard_map_of_a_model_without_and_with_rows():
-    """Parameters in bfloat16 too: every gradient has its parameter's dtype."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_shard_map_of_a_model_without_and_with_rows(platform, monkeypatch):
+    """With the forms of either platform."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     sizes = dict(d_model=8, n_head=2, d_head=4, d_inner=8, n_layer=2, cutoffs=(4,))
     model = LanguageModel(ModelConfig(n_token=9, no_pos=True, **sizes))
     ids = jnp.array([[1, 2, 8], [3, 7, 2]])
@@ -183,7 +188,9 @@ def test_shard_map_of_a_model_without_and_with_rows():
         np.testing.assert_array_equal(leaf, 0.0)
 
 
-def test_gradients_of_bfloat16_parameters():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_gradients_of_bfloat16_parameters(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = jnp.ones((3000, 4), jnp.float32)
     half = lambda *shape: jnp.full(shape, 0.5, jnp.bfloat16)
     d_bias = jax.grad(
