@@ -14,8 +14,10 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict, FieldReference
 
 from fwm.errors import UserError
@@ -23,6 +25,7 @@ from fwm.layers import MIXERS, Mixer
 from fwm.layers.blocks import NORMS
 
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "float32")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -56,6 +59,8 @@ class ModelConfig:
     tie_weight: bool = True  # one table for embedding and softmax
     tie_projs: tuple[bool, ...] = ()  # by cluster; (): all but the first
     dtype: str = "float32"  # float32, bfloat16: of computing; parameters stay float32
+    # of float32 matmuls: default (TF32, 10 bits of 23, on a GPU that has it), float32
+    matmul_precision: str = "default"
     mixer_keys: tuple[tuple[str, Any], ...] = ()  # those of the mixers, as pairs
 
     def __init__(self, n_token: int, **keys: Any):
@@ -98,6 +103,7 @@ class ModelConfig:
         names: list[tuple[str, str, Collection[str]]]
         names = [("mixer", mixer, MIXERS) for mixer in self.pattern]
         names += [("norm", self.norm, NORMS), ("dtype", self.dtype, DTYPES)]
+        names += [("matmul_precision", self.matmul_precision, PRECISIONS)]
         for name, value, valid in names:
             if value not in valid:
                 raise UserError(f"unknown {name} {value!r}: expected one of {', '.join(valid)}.")
@@ -154,6 +160,12 @@ class ModelConfig:
                 )
         for mixer in mixers:
             mixer.check()
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Within it what is traced has the matmuls of `matmul_precision`."""
+        if self.matmul_precision == "default":
+            return nullcontext()
+        return jax.default_matmul_precision(self.matmul_precision)
 
     @property
     def pattern(self) -> tuple[str, ...]:

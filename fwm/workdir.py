@@ -26,11 +26,13 @@ from fwm.model import LanguageModel
 # machine may need; none of it changes what the run is about.
 FREE_FIELDS = (
     "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
-    "model.dtype", "train.batch_chunk", "train.eval_batch_size", "train.nan_policy",
-    "train.profile_steps", "train.eval_interval", "train.log_interval", "registered_in",
+    "model.dtype", "model.matmul_precision", "train.batch_chunk", "train.eval_batch_size",
+    "train.nan_policy", "train.profile_steps", "train.eval_interval", "train.log_interval", "registered_in",
 )  # fmt: skip
 # What an evaluation may change; everything else is the run's own.
-EVALUATION_FIELDS = ("data.", "eval.", "generate.", "report.", "model.dtype")
+EVALUATION_FIELDS = (
+    "data.", "eval.", "generate.", "report.", "model.dtype", "model.matmul_precision",
+)  # fmt: skip
 TEXTS = "text.json"
 # Keys that earlier versions had, with the value that they must have had.
 GONE: Mapping[str, Any] = {}
