@@ -2,34 +2,18 @@
 
     python main.py --config=examples/own_rule.py
 
-W_t = exp(g_t) W_(t-1) + k_t v_t^T with a log decay g_t <= 0 per head and token (Mamba-2's
-recurrence). `step` alone is enough; `forward` is what a group of chunks makes of it, faster.
+W_t = exp(g_t) W_(t-1) + k_t v_t^T with a log decay g_t <= 0 per head and token. `composed` makes of
+what the tokens give to the one algebra (docs/rules.md) the step that defines the rule and the form
+by chunks that is fast; decay, write strength (`beta`: the delta rule) and erase key are switches.
 """
 
 import jax
-import jax.numpy as jnp
 
 from fwm.config import build
-from fwm.ops import UPDATE_RULES, Chunked, Input, Rule
-
-
-def step(w, k, v, g):
-    return jnp.exp(g)[..., None, None] * w + k[..., :, None] * v[..., None, :]
-
-
-def forward(m, q, k, v, g):
-    def chunk(m, tokens):
-        q, k, v, g = tokens
-        g = jnp.cumsum(g, axis=1)  # [R, C, 1]: the log decay since the chunk began
-        reads = (q @ k.mT) * jnp.exp(jnp.where(jnp.tri(g.shape[1]) > 0, g - g.mT, -jnp.inf))
-        out = reads @ v + (jnp.exp(g) * q) @ m.mT
-        return jnp.exp(g[:, -1:]) * m + v.mT @ (jnp.exp(g[:, -1:] - g) * k), out
-
-    return *jax.lax.scan(chunk, m, (q, k, v, g)), None
-
+from fwm.ops import UPDATE_RULES, Input, Update, composed
 
 DECAY = Input("decay", lambda x: -jax.nn.softplus(x))
-UPDATE_RULES["decayed_sum"] = Rule(step, (DECAY,), chunked=Chunked(forward))
+UPDATE_RULES["decayed_sum"] = composed((DECAY,), lambda k, v, g: Update(v, log_decay=g))
 
 
 def get_config(options=""):

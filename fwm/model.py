@@ -26,7 +26,7 @@ from fwm.layers.parts import (
     matrix_init,
     sinusoid,
 )
-from fwm.ops.checks import check, nan_where_invalid
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop
 
 __all__ = [
@@ -127,6 +127,8 @@ class LanguageModel(nn.Module):
         Handed on this way, the gradients of their two uses share one buffer.
         """
         c = self.config
+        check("LanguageModel", tokens=(tokens, "B T", jnp.integer))
+        _check_memory(c, memory, tokens.shape[0])
         # Layers have keys of their own; the last one is for what is not in a layer.
         keys, own = None, None
         if dropout is not None:
@@ -134,7 +136,7 @@ class LanguageModel(nn.Module):
             own = Dropout(keys[-1], dropout.rows)
             keys = keys[:-1]
         x, tables = self.embedding.with_tables(tokens)
-        x = nan_where_invalid(x * c.d_model**0.5, tokens, c.n_token)
+        x = x * c.d_model**0.5
         if c.make_mixers()[0].adds_positions and not c.no_pos:  # all mixers of a pattern agree
             positions = sinusoid(countdown(tokens.shape[1], c.clamp_len), c.d_model)
             x = x + positions[None].astype(x.dtype)
@@ -218,8 +220,11 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: tokens or targets that are no integers or do not fit each other.
         """
-        integer = jnp.integer
-        check("LanguageModel", tokens=(tokens, "B T", integer), targets=(targets, "B S", integer))
+        check(
+            "LanguageModel",
+            tokens=(tokens, "B T", jnp.integer),
+            targets=(targets, "B S", jnp.integer),
+        )
         if targets.shape[1] > tokens.shape[1]:
             raise UserError(
                 f"LanguageModel: targets of shape {targets.shape} are more than the tokens, of "
@@ -227,8 +232,7 @@ class LanguageModel(nn.Module):
             )
         last = None if targets.shape == tokens.shape else targets.shape[1]
         hidden, memory, tables = self._hidden(tokens, memory, dropout, last)
-        nll = self.softmax(hidden, targets, tables, self.embedding.projs)
-        return nan_where_invalid(nll, targets, self.config.n_token), memory
+        return self.softmax(hidden, targets, tables, self.embedding.projs), memory
 
     @_in_precision
     def log_probs(
@@ -284,6 +288,25 @@ def _split(config: ModelConfig, memory: Any) -> list[tuple[Any, ...]]:
     mixers = config.make_mixers()
     joined = memory if len(mixers) > 1 else (memory,)
     return [mixer.split(of) for mixer, of in zip(mixers, joined, strict=True)]
+
+
+def _check_memory(config: ModelConfig, memory: Any, batch_size: int) -> None:
+    """Raise `UserError` where the memory is not one of this model for so many rows."""
+    if memory is None:
+        return
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    expected = shapes(jax.eval_shape(lambda: empty_memory(config, batch_size)))
+    got = shapes(memory)
+    if got != expected:
+        raise UserError(
+            "LanguageModel: the memory must be None or what a call with "
+            f"{batch_size} rows returned, {_short(expected)}, got {_short(got)}."
+        )
+
+
+def _short(shapes: Any) -> str:
+    text = str(shapes)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _stack(per_layer: tuple[Any, ...]) -> Any:

@@ -6,12 +6,13 @@ one of a Hugging Face data set that lies on disk.
 
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from fwm.data.cache import build_once, file_digest
 from fwm.data.tokens import texts
@@ -144,10 +145,10 @@ def _write(files: Files, field: str, folder: Path) -> None:
         ends = [0]
         with open(folder / f"{split}.txt", "wb") as out:
             for path in paths:
-                for text in _documents(path, field):
-                    for piece in text:
-                        out.write(piece.encode("utf-8"))
-                    ends.append(out.tell())
+                for document in _documents(path, field):
+                    out.writelines(piece.encode("utf-8") for piece in document)
+                    if out.tell() > ends[-1]:
+                        ends.append(out.tell())
         held_out, n = (len(ends) - 1) // ENOUGH, len(ends) - 1
         if not split and held_out:
             marks = [ends[at] for at in (0, n - 2 * held_out, n - held_out, n)]
@@ -156,7 +157,10 @@ def _write(files: Files, field: str, folder: Path) -> None:
 
 
 def _documents(path: Path, field: str) -> Iterator[Iterator[str]]:
-    """Each document in pieces, to be read before the next, a newline at its end."""
+    """Each document in pieces, to be read before the next, a newline at its end.
+
+    An empty file is none, an empty text in a line or row is an empty line.
+    """
     if kind(path) in PLAIN:
         with _opened(path) as file:
             yield _ended(_read(path, texts(file, str(path))))
@@ -164,25 +168,27 @@ def _documents(path: Path, field: str) -> Iterator[Iterator[str]]:
         with _opened(path) as file:
             for number, line in enumerate(_read(path, file), 1):
                 if line.strip():
-                    yield _ended(iter([_from_json(f"{path}, line {number},", line, field)]))
+                    yield _line(_from_json(f"{path}, line {number},", line, field))
     else:
         for text in _from_table(path, field):
-            yield _ended(iter([text]))
+            yield _line(text)
+
+
+def _line(text: str) -> Iterator[str]:
+    yield text if text.endswith("\n") else text + "\n"
 
 
 def _ended(pieces: Iterator[str]) -> Iterator[str]:
     last = "\n"
     for piece in pieces:
-        last = piece or last
+        last = piece
         yield piece
     if not last.endswith("\n"):
         yield "\n"
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return (
-        cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
-    )
+def _opened(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _read(path: Path, what: Iterator[Any]) -> Iterator[Any]:

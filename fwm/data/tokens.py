@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -69,7 +68,7 @@ class Part:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-def texts(file: IO[bytes], name: str, length: int = -1) -> Iterator[str]:
+def texts(file: io.BufferedIOBase, name: str, length: int = -1) -> Iterator[str]:
     """Yield what a file has from here on, `length` bytes, in pieces of text.
 
     A byte order mark at the beginning is left out, and every line ends with a newline alone.

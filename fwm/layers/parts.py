@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop, keep_mask, keep_scale
 from fwm.ops.feed_forward import feed_forward
 from fwm.ops.forms import on_cpu
@@ -111,6 +112,7 @@ class FeedForward(nn.Module):
         self, x: Float[Array, "B T D"], source: Dropout | None = None
     ) -> Float[Array, "B T D"]:
         """`[B, T, D]` -> `[B, T, D]`."""
+        check("FeedForward", x=(x, "B T D"))
         *batch, d_model = x.shape
         inner = _Affine(d_model, self.d_inner, name="inner")()
         outer = _Affine(self.d_inner, d_model, name="outer")()

@@ -30,8 +30,10 @@ from fwm.ops.feature_maps import (
     l2_normalize,
     sum_normalize,
 )
+from fwm.ops.gates import gated_rms_norm, log_decay, short_convolution
+from fwm.ops.general import composed
 from fwm.ops.read_out import bounded_delta_rule, read_weights
-from fwm.ops.recurrent import Input, Rule
+from fwm.ops.recurrent import Input, Rule, Update
 from fwm.ops.rules import UPDATE_RULES, delta_rule, sum_rule
 
 __all__ = [
@@ -44,17 +46,22 @@ __all__ = [
     "FeatureMap",
     "Input",
     "Rule",
+    "Update",
     "bounded_delta_rule",
     "check_composition",
+    "composed",
     "delta_rule",
     "dpfp",
     "elu_plus_one",
     "fast_weight_attention",
     "favor",
     "favor_projection",
+    "gated_rms_norm",
     "l2_normalize",
+    "log_decay",
     "read_weights",
     "recurrent",
+    "short_convolution",
     "sum_normalize",
     "sum_rule",
 ]

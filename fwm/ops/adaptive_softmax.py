@@ -232,6 +232,7 @@ def _logits(h: Array, w: Array, b: Array) -> Array:
     return _dot("td,vd->tv", h, w.astype(h.dtype)) + b[None, :]
 
 
+@jax.custom_jvp
 def _logsumexp_once(x: Array) -> Array:
     """logsumexp of each row in one pass over it: largest so far, and sum relative to that."""
     least = jnp.finfo(x.dtype).min
@@ -244,6 +245,12 @@ def _logsumexp_once(x: Array) -> Array:
     pairs = jnp.maximum(x, least), jnp.ones_like(x)
     largest, total = lax.reduce(pairs, start, join, (1,))
     return largest + jnp.log(total)
+
+
+@_logsumexp_once.defjvp
+def _logsumexp_once_jvp(primals, tangents):
+    total = _logsumexp_once(*primals)
+    return total, jnp.sum(jnp.exp(primals[0] - total[:, None]) * tangents[0], axis=1)
 
 
 def _add_lse(group: _Group, by: _Sorted, h, table, bias, lse: Array) -> Array:

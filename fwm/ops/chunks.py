@@ -22,6 +22,11 @@ from fwm.ops.forms import on_cpu
 from fwm.ops.recurrent import Rule
 from fwm.ops.softmax import rows_per_block
 
+FORWARD_MODE = (
+    "fwm.ops.recurrent has the update rules in forward mode, one token at a time; forward over "
+    "reverse mode, as in jax.jvp(jax.grad(f), ...), works with the chunked form."
+)
+
 
 class Chunked(NamedTuple):
     """What a rule makes of a group of chunks.
@@ -139,21 +144,23 @@ def run(
     dtype = np.promote_types(np.float32, v.dtype)
     if weights is None:
         weights = jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype)
-    if at_once is not None:
-        wanted = chunk_size or rule.chunked.whole_size(n_key)
-        return _run_whole(
-            rule, at_once, min(wanted, length), weights.astype(dtype), (q, k, v, *inputs)
-        )
     plan = _plan(rule.chunked, (n_batch, length, n_head, n_key), weights.shape[-1], chunk_size)
     weights, tokens, features = vary((weights.astype(dtype), (q, k, v, *inputs), features))
-    return _run(rule, plan, weights, tokens, features)
+    try:
+        if at_once is not None:
+            size = min(chunk_size or rule.chunked.whole_size(n_key), length)
+            return _run_whole(rule, at_once, size, weights, tokens)
+        return _run(rule, plan, weights, tokens, features)
+    except TypeError as error:
+        if "forward-mode" in str(error):  # JAX's own words do not say where there is a form for it
+            error.add_note(FORWARD_MODE)
+        raise
 
 
 def _run_whole(rule, whole, size, weights, tokens):
     length = tokens[0].shape[1]
     plan = _Plan(1, -(-length // size), 1, size, by_tokens=False)
-    weights, tokens = vary((weights, _pad(rule, plan, tokens)))
-    out, weights = whole(size, weights, *tokens)
+    out, weights = whole(size, weights, *_pad(rule, plan, tokens))
     return out[:, :length], weights
 
 

@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fwm.errors import UserError
-from fwm.ops import chunks
 from fwm.ops.checks import check
 from fwm.ops.chunks import mapped
-from fwm.ops.rules import UPDATE_RULES
+from fwm.ops.rules import UPDATE_RULES, run, running_key_sums
 from fwm.registry import Table
 
 
@@ -24,17 +23,17 @@ class FastWeightState(NamedTuple):
     key_sum: Float[Array, "B N K"]
 
 
-# (rule, q, k, v, inputs, state, key_sums, eps) -> out, weights; q, k are features.
+# (rule, q, k, v, inputs, log_decay, state, key_sums, eps) -> out, weights; q, k are features.
 
 
-def _normalize_output(rule, q, k, v, inputs, state, key_sums, eps):
+def _normalize_output(rule, q, k, v, inputs, log_decay, state, key_sums, eps):
     """Divide the output by z_t . q_t + eps."""
     wide = v.astype(key_sums.dtype)  # what is divided overflows 16 bits
-    out, weights = chunks.run(rule, q, k, wide, inputs, state.weights)
+    out, weights = run(rule, q, k, wide, inputs, state.weights, log_decay=log_decay)
     return _divide(out, q, key_sums, eps).astype(v.dtype), weights
 
 
-def _normalize_output_and_key(rule, q, k, v, inputs, state, key_sums, eps):
+def _normalize_output_and_key(rule, q, k, v, inputs, log_decay, state, key_sums, eps):
     """As `output`; and with d_t = z_(t-1) . k_t, write k_t / (d_t + eps) with strength beta_t d_t.
 
     d_0 is 1 where no key has come in yet: nothing has been written that would have to be removed.
@@ -49,7 +48,7 @@ def _normalize_output_and_key(rule, q, k, v, inputs, state, key_sums, eps):
         x.astype(dtype) * d if i.name == "beta" else x
         for i, x in zip(rule.inputs, inputs, strict=True)
     )
-    out, weights = chunks.run(rule, q, scaled, v.astype(dtype), inputs, state.weights)
+    out, weights = run(rule, q, scaled, v.astype(dtype), inputs, state.weights)
     return _divide(out, q, key_sums, eps).astype(v.dtype), weights
 
 
@@ -65,15 +64,39 @@ ATTN_NORMALIZATIONS["output"] = _normalize_output
 ATTN_NORMALIZATIONS["output_and_key"] = _normalize_output_and_key
 
 
-def check_composition(update_rule: str, attn_normalization: str) -> None:
-    """Raise `UserError` for an unknown name, or a normalisation without meaning for the rule."""
+def check_composition(
+    update_rule: str, attn_normalization: str, decays: bool = False, n_write: int = 1
+) -> None:
+    """Raise `UserError` for an unknown name, or switches without meaning for the rule.
+
+    Args:
+        update_rule: a name in UPDATE_RULES.
+        attn_normalization: a name in ATTN_NORMALIZATIONS.
+        decays: whether the memory decays.
+        n_write: writes of a token.
+    """
     rule = UPDATE_RULES[update_rule]
+    if rule.update is None and (decays or n_write > 1):
+        raise UserError(
+            f"a decay and several writes a token are switches of rules that say their update, and "
+            f"update_rule {update_rule} says its step only: make it with fwm.ops.composed."
+        )
     if ATTN_NORMALIZATIONS[attn_normalization] is None:
         return
+    if n_write > 1 or (decays and attn_normalization == "output_and_key"):
+        raise UserError(
+            f"attn_normalization={attn_normalization} has no meaning with "
+            f"{'several writes a token' if n_write > 1 else 'a decay'}: use none."
+        )
     if rule.key_sums is None:
         raise UserError(
             f"attn_normalization={attn_normalization} divides by a sum of keys, and update_rule "
             f"{update_rule} does not say how its own is made (key_sums): use none."
+        )
+    if decays and rule.key_sums is not running_key_sums:
+        raise UserError(
+            f"attn_normalization={attn_normalization} divides by a sum of keys that decays as the "
+            f"memory does, and update_rule {update_rule} makes its own without: use none."
         )
     if attn_normalization == "output_and_key" and "beta" not in [i.name for i in rule.inputs]:
         raise UserError(
@@ -84,14 +107,15 @@ def check_composition(update_rule: str, attn_normalization: str) -> None:
 
 def fast_weight_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N V"],
-    beta: Float[Array, "B T N"] | None,
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N V"],
+    beta: Float[Array, "B S N"] | None,
     state: FastWeightState | None,
     *,
     update_rule: str,
     attn_normalization: str,
-    inputs: Mapping[str, Float[Array, "B T N *K"]] = MappingProxyType({}),
+    inputs: Mapping[str, Float[Array, "B S N *F"]] = MappingProxyType({}),
+    log_decay: Float[Array, "B T N *F"] | None = None,
     features: jax.tree_util.Partial | None = None,
     eps: float = 1e-5,
 ) -> tuple[Float[Array, "B T N V"], FastWeightState]:
@@ -99,25 +123,28 @@ def fast_weight_attention(
 
     Args:
         q: queries, as k.
-        k: keys.
+        k: keys; S = T n for n writes a token, those of one token one after the other.
         v: values.
         beta: write strengths; None where the rule reads none.
         state: what an earlier call returned; None or all zeros: nothing written yet.
         update_rule: a name in UPDATE_RULES.
         attn_normalization: a name in ATTN_NORMALIZATIONS; z_t is the sum of all keys up to t.
         inputs: what else the rule reads, by name.
+        log_decay: of the memory before a token, at most 0, per head or per key feature; None: 0.
         features: the map of q and k [..., H] to features [..., K] (which, for the delta rule, sum
             to one). None: q and k are features already.
         eps: added to each divisor.
 
     Returns:
-        out, and the state: the memory, and the sum of all keys (zeros where the rule has none).
+        out, and the state: the memory, and the sum of all keys, decayed as the memory (zeros where
+        the rule has none, and where nothing divides by it and there is a decay or n > 1).
 
     Raises:
         UserError: an unknown name, a normalisation without meaning for the rule, something that
             the rule reads missing or superfluous, arrays that do not fit each other.
     """
-    check_composition(update_rule, attn_normalization)
+    several = q.shape[1] != k.shape[1]
+    check_composition(update_rule, attn_normalization, log_decay is not None, 1 + several)
     rule = UPDATE_RULES[update_rule]
     given = dict(inputs) if beta is None else {"beta": beta, **inputs}
     names = [i.name for i in rule.inputs]
@@ -128,9 +155,10 @@ def fast_weight_attention(
         )
     read = tuple(given[name] for name in names)
     # The width of q and k is that of the state's keys only where no map stands between.
-    width = "B T N K" if features is None else "B T N H"
-    arrays = {"q": (q, width), "k": (k, width), "v": (v, "B T N V")}
-    arrays |= {i.name: (given[i.name], "B T N K" if i.per_key else "B T N") for i in rule.inputs}
+    width = "K" if features is None else "H"
+    writes = "B S N" if several else "B T N"
+    arrays = {"q": (q, f"B T N {width}"), "k": (k, f"{writes} {width}"), "v": (v, f"{writes} V")}
+    arrays |= {i.name: (given[i.name], i.axes(writes)) for i in rule.inputs}
     if state is not None:
         arrays["weights"] = (state.weights, "B N K V")
         arrays["key_sum"] = (state.key_sum, "B N K")
@@ -147,14 +175,15 @@ def fast_weight_attention(
     state = FastWeightState(wide(state.weights), wide(state.key_sum))
     normalization = ATTN_NORMALIZATIONS[attn_normalization]
     if normalization is None:
-        out, weights = chunks.run(rule, q, k, v, read, state.weights, features)
+        out, weights = run(rule, q, k, v, read, state.weights, features, log_decay=log_decay)
         key_sum = state.key_sum
-        if rule.key_sums is not None:
+        if rule.key_sums is not None and log_decay is None and not several:
             key_sum = rule.key_sums(mapped(features, k), key_sum, *read, last=True)
     else:
         q, k = mapped(features, q), mapped(features, k)
         assert rule.key_sums is not None  # check_composition has seen to it
-        key_sums = rule.key_sums(k, state.key_sum, *read)
-        out, weights = normalization(rule, q, k, v, read, state, key_sums, eps)
+        decays = {} if log_decay is None else {"log_decay": log_decay}
+        key_sums = rule.key_sums(k, state.key_sum, *read, **decays)
+        out, weights = normalization(rule, q, k, v, read, log_decay, state, key_sums, eps)
         key_sum = key_sums[:, -1]
     return out, FastWeightState(weights, key_sum)

@@ -28,6 +28,7 @@ def feed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
     # In float32 at least, where the gradients are sums over all tokens, and rounded only then.
     wide = lambda w: w.astype(np.promote_types(np.float32, w.dtype))
     parameters = (wide(w) for w in (w_1, b_1, w_2, b_2))
+    scale = 1.0 if keep is None else scale
     form = _feed_forward if on_cpu() else _recomputed
     return form(scale, *vary((x, keep, *parameters)))
 

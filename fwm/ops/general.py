@@ -12,7 +12,9 @@ of G are sums of the decays between, never differences of sums: after a decay of
 would have lost the digits of the weak ones.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from jaxtyping import Array, Float
 from fwm.ops import recurrent
 from fwm.ops.chunks import Chunked, scan_chunks
 from fwm.ops.inverse import unit_inverse
-from fwm.ops.recurrent import Input, Rule, Switches
+from fwm.ops.recurrent import Input, Rule, Switches, Update
 
 # Pairs of tokens within so many are compared feature by feature where each has its own decay.
 _BLOCK = 8
@@ -42,6 +44,39 @@ def rule(switches: Switches) -> Rule:
             cpu_cut=lambda n_value: (max(1, 32 // switches.n_write), 1),
         ),
     )
+
+
+def composed(inputs: tuple[Input, ...], update: Callable[..., Update], **fields: Any) -> Rule:
+    """A rule of the algebra by what its tokens give to it; `step` and `chunked` are made of that.
+
+    >>> decay = Input("decay", lambda x: -jax.nn.softplus(x))
+    >>> decayed_sum = composed((decay,), lambda k, v, g: Update(v, log_decay=g))
+
+    Args:
+        inputs: what it reads besides q, k and v.
+        update: (k [..., K], v [..., V], *inputs) -> Update; an input of one number a head is [...].
+            Where k, v and the inputs are those of a token that is not there, it must write nothing.
+        fields: others of the rule, such as `key_norm`.
+    """
+
+    def step(w, k, v, *given):
+        switches, arrays = _switches(update(k, v, *given))
+        return recurrent.general_step(switches, w, k, *arrays)
+
+    def forward(m, q, k, v, *given):
+        tokens = (x if i.wide else x[..., 0] for i, x in zip(inputs, given, strict=True))
+        switches, arrays = _switches(update(k, v, *tokens))
+        wide = (x if x.ndim == k.ndim else x[..., None] for x in arrays)
+        return _forward(switches, m, q, k, *wide)
+
+    cut = Chunked(forward, cpu_cut=lambda n_value: (32, 1))
+    return Rule(step, inputs, chunked=cut, update=update, **fields)
+
+
+def _switches(update):
+    """What is there, and v and that."""
+    there = [x is not None for x in update[1:]]
+    return Switches(there[0], there[1], there[2], 1), [x for x in update if x is not None]
 
 
 def _forward(switches, m, q, k, v, *inputs):

@@ -23,6 +23,7 @@ class Input(NamedTuple):
         name: for messages, and for the keyword of `fast_weight_attention`.
         activation: makes it from a layer's projection of the token, in float32.
         per_key: one number for each of the K key features instead of one.
+        per_value: one number for each of the V value features instead of one.
         neutral: its value for a token that is not there, whose k and v are zero: with it the token
             must leave the memory as it is.
     """
@@ -31,6 +32,36 @@ class Input(NamedTuple):
     activation: Callable[[Array], Array]
     per_key: bool = False
     neutral: float = 0.0
+    per_value: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether it has an axis of features."""
+        return self.per_key or self.per_value
+
+    def axes(self, tokens: str) -> str:
+        """The axes of what it is of some tokens: "B T N" -> "B T N", "B T N K" or "B T N V"."""
+        return tokens + " K" * self.per_key + " V" * self.per_value
+
+    def width(self, n_key: int, n_value: int) -> int:
+        """How many numbers it is of each token and head."""
+        return n_key if self.per_key else n_value if self.per_value else 1
+
+
+class Update(NamedTuple):
+    """What tokens give to the one algebra: the arguments of `sum_rule` (beta None) or `delta_rule`.
+
+    Fields:
+        v: what is written under k.
+        beta: write strengths, one per head.
+        log_decay: of the memory before the write, per head or per key feature.
+        erase_key: what is compared with v is read at it; None: at k.
+    """
+
+    v: Array
+    beta: Array | None = None
+    log_decay: Array | None = None
+    erase_key: Array | None = None
 
 
 class Rule(NamedTuple):
@@ -38,7 +69,7 @@ class Rule(NamedTuple):
 
     Fields:
         step: (w [B, N, K, V], k [B, N, K], v [B, N, V], *inputs) -> w: the definition. The inputs
-            come in the order of `inputs`, each [B, N] or, if per_key, [B, N, K].
+            come in the order of `inputs`, each [B, N], [B, N, K] (per_key) or [B, N, V].
         inputs: what it reads besides q, k and v.
         key_norm: how a layer normalises the features of q and k, a name in KEY_NORMS.
         key_sums: (k [B, T, N, K], before [B, N, K], *inputs, last) -> [B, T, N, K]: the normalisers
@@ -47,6 +78,8 @@ class Rule(NamedTuple):
         chunked: a `chunks.Chunked`, how it runs fast; None: token by token.
         flops: of one token for each number in the memory, by the least arithmetic: writing and
             reading it are 2 each.
+        update: (k, v, *inputs) -> Update: it is one of the algebra's (`composed` makes the rest of
+            it), and a layer can give it a decay and several writes a token. None: it is not.
     """
 
     step: Callable[..., Array]
@@ -55,6 +88,7 @@ class Rule(NamedTuple):
     key_sums: Callable[..., Array] | None = None
     chunked: Any = None
     flops: int = 4
+    update: Callable[..., Update] | None = None
 
 
 def sum_step(w: Array, k: Array, v: Array) -> Array:

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fwm.errors import UserError
 from fwm.ops import chunks, general, recurrent
-from fwm.ops.chunks import Chunked, scan_chunks
+from fwm.ops.chunks import Chunked, mapped, scan_chunks
+from fwm.ops.general import composed
 from fwm.ops.inverse import unit_inverse
-from fwm.ops.recurrent import Input, Rule
+from fwm.ops.recurrent import Input, Rule, Update
 from fwm.ops.whole import delta_whole
 from fwm.registry import Table
 
@@ -116,12 +118,18 @@ def _copy_t(x):
 
 
 def running_key_sums(
-    k: Float[Array, "B T N K"], before: Float[Array, "B N K"], *inputs: Array, last: bool = False
+    k: Float[Array, "B T N K"],
+    before: Float[Array, "B N K"],
+    *inputs: Array,
+    last: bool = False,
+    log_decay: Float[Array, "B T N *K"] | None = None,
 ) -> Float[Array, "B *T N K"]:
-    """z_t = z_(t-1) + k_t from z_0 = before, each token's own key included; `last`: z_T alone.
+    """z_t = exp(g_t) z_(t-1) + k_t from z_0 = before, with its own key; `last`: z_T alone.
 
     The sums of a chunk are a triangular matmul: XLA's cumsum is many times slower everywhere.
     """
+    if log_decay is not None:
+        return _decayed_key_sums(k, before, log_decay)
     if last:
         return before + jnp.sum(k.astype(before.dtype), axis=1)
     n_batch, length, n_head, n_key = k.shape
@@ -139,16 +147,30 @@ def running_key_sums(
     return sums[:, :length]
 
 
+def _decayed_key_sums(k, before, log_decay):
+    factors = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])
+    k = k.astype(before.dtype)
+    k = k.at[:, 0].add(factors[:, 0] * before)
+
+    def then(early, late):
+        return early[0] * late[0], early[1] * late[0] + late[1]
+
+    return jax.lax.associative_scan(then, (factors, k), axis=1)[1]
+
+
 SUM = Rule(
     step=recurrent.sum_step,
     key_sums=running_key_sums,
     # One chunk a group: what a group needs stays in the cache.
     chunked=Chunked(_sum_forward, _sum_backward, cpu_cut=lambda n_value: (32, 1)),
+    update=lambda k, v: Update(v),
 )
+
+_BETA = Input("beta", jax.nn.sigmoid)
 
 DELTA = Rule(
     step=recurrent.delta_step,
-    inputs=(Input("beta", jax.nn.sigmoid),),
+    inputs=(_BETA,),
     key_norm="sum",
     key_sums=running_key_sums,
     # Two chunks a group: half the number of groups and states. Larger chunks lose precision where
@@ -163,11 +185,74 @@ DELTA = Rule(
         whole_size=lambda n_key: min(128, max(32, 1 << (n_key - 1).bit_length())),
     ),
     flops=6,
+    update=lambda k, v, beta: Update(v, beta),
 )
+
+
+def _error_free(k, v, beta):
+    square = jnp.sum(k * k, axis=-1)
+    small = square < 1e-7  # where (1 - exp(-beta l)) / l is beta
+    strength = -jnp.expm1(-beta * square) / jnp.where(small, 1, square)
+    return Update(v, jnp.where(small, beta, strength))
+
+
+def _gated(k, v, erase, write):
+    v = (write * v.astype(write.dtype)).astype(v.dtype)
+    return Update(v, jnp.ones(k.shape[:-1], k.dtype), erase_key=erase * k)
+
 
 UPDATE_RULES: Table[Rule] = Table("update_rule")
 UPDATE_RULES["sum"] = SUM
 UPDATE_RULES["delta"] = DELTA
+_of_delta = {"key_norm": "l2", "key_sums": running_key_sums, "flops": 6}
+# The strength with which one step of any length undoes all of the error that it should: not more
+# than all of it however long a key is, which therefore has a say (arXiv 2512.12602).
+UPDATE_RULES["error_free"] = composed((_BETA,), _error_free, **{**_of_delta, "key_norm": "none"})
+# It removes less than it finds at the key: c of it (arXiv 2506.02475).
+UPDATE_RULES["comba"] = composed(
+    (_BETA, Input("correction", jax.nn.sigmoid)),
+    lambda k, v, beta, c: Update(v, beta, erase_key=c[..., None] * k),
+    **_of_delta,
+)
+# What is removed and what is written are gated feature by feature (arXiv 2605.22791).
+UPDATE_RULES["gated_delta2"] = composed(
+    (
+        Input("erase", jax.nn.sigmoid, per_key=True),
+        Input("write", jax.nn.sigmoid, per_value=True),
+    ),
+    _gated,
+    **_of_delta,
+)
+
+
+def run(
+    rule: Rule,
+    q: Float[Array, "B T N _"],
+    k: Float[Array, "B S N _"],
+    v: Float[Array, "B S N V"],
+    inputs: tuple[Array, ...] = (),
+    weights: Float[Array, "B N K V"] | None = None,
+    features: jax.tree_util.Partial | None = None,
+    *,
+    log_decay: Float[Array, "B T N *K"] | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
+    """As `chunks.run`, with a decay, and S = T n for n writes a token.
+
+    Raises:
+        UserError: there is a decay or are several writes, and the rule has a decay of its own.
+    """
+    if log_decay is None and q.shape[1] == k.shape[1]:
+        return chunks.run(rule, q, k, v, inputs, weights, features)
+    assert rule.update is not None  # fast_weights.check_composition has seen to it
+    q, k = mapped(features, q), mapped(features, k)
+    v, beta, own, erase_key = rule.update(k, v, *inputs)
+    if own is not None:
+        raise UserError(
+            "this rule has a decay of its own: give it no other, and one write a token."
+        )
+    if beta is None:
+        return sum_rule(q, k, v, weights, log_decay=log_decay)
+    return delta_rule(q, k, v, beta, weights, log_decay=log_decay, erase_key=erase_key)
 
 
 def sum_rule(

@@ -153,7 +153,7 @@ def init(key: Key[Array, ""], model: Model, size: int) -> dict:
     features = lambda x: _features(model, params, key)(x)
     n_key = jax.eval_shape(features, jnp.zeros(D_KEY)).shape[-1]
     for i, input_key in zip(inputs, keys[3:], strict=False):
-        params[i.name] = layer(input_key, n_in, n_key if i.per_key else 1, n_in**-0.5)
+        params[i.name] = layer(input_key, n_in, i.width(n_key, size), n_in**-0.5)
     return params
 
 
@@ -192,7 +192,7 @@ def answers(
         """What the rule reads of pairs: keys [B, T, 1, K], and besides [B, T, 1, ...]."""
         k = norm(features(project("k", keys, values)))
         inputs = ((i, i.activation(project(i.name, keys, values))) for i in rule.inputs)
-        return k[:, :, None], *(x[:, :, None] if i.per_key else x for i, x in inputs)
+        return k[:, :, None], *(x[:, :, None] if i.wide else x for i, x in inputs)
 
     by_sum = rule.key_norm == "sum"  # of the query only after the read, with an eps
     q = q if by_sum else norm(q)
@@ -300,7 +300,7 @@ def _half_square(answers, batch, size):
 
 def adam(lr: float) -> optax.GradientTransformation:
     """The optimizer: Adam at a constant rate."""
-    return optimizer.adam(optimizer.constant(lr, 0, 0), clip=0.0)
+    return optimizer.adam(optimizer.constant(lr, 0, 1), clip=0.0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(5,))

@@ -196,7 +196,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
 def test_words_that_are_whole_lines_are_told(tmp_path, text, warned):
     found = load(tmp_path, dir=folder(tmp_path / "text", text, text, text)).warnings
     assert len(found) == warned
-    assert all("train.txt: its words" in w and "data.tokenizer=characters or bpe" in w for w in found)
+    assert all(
+        "train.txt: its words" in w and "data.tokenizer=characters or bpe" in w for w in found
+    )
 
 
 def test_a_warning_names_the_file_that_is_read(tmp_path):
@@ -266,7 +268,7 @@ def test_given_vocabulary(tmp_path):
 
 def test_given_vocabulary_equal_to_the_own_one_reuses_the_streams(tmp_path, monkeypatch):
     own = load(tmp_path, dir=folder(tmp_path / "text"))
-    monkeypatch.setattr(corpus, "_prepare", None)
+    monkeypatch.setattr(corpus, "_prepare", lambda *_, **__: pytest.fail("prepared again"))
     again = load(tmp_path, vocab=own.vocab, splits=("train", "valid"))
     np.testing.assert_array_equal(again.streams["train"], own.streams["train"])
 

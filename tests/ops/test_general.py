@@ -14,7 +14,7 @@ from fwm import ops
 HERE = Path(__file__).parent / "golden_rules"
 # All of them, where they lie beside the project; a clone has the small ones of each kind.
 ASIDE = Path(__file__).parents[3] / "shared" / "golden_rules"
-FEW = sorted(HERE.glob("*.npz"))
+FEW = sorted(p for p in HERE.glob("*.npz") if not p.name.startswith("layer"))
 MORE = sorted(p for p in ASIDE.glob("*.npz") if not (HERE / p.name).exists())
 MORE = [p for p in MORE if not p.name.startswith("layer")]
 

@@ -48,6 +48,49 @@ def definition(step, q, k, v, g, weights=None):
     return recurrent.scan_tokens(step, q, k, v, (g,), weights)
 
 
+def test_rules_of_the_table_equal_their_equations():
+    """By chunks, token by token and as written in the papers; a key of zeros writes nothing."""
+    q, k, v, beta, weights = make_inputs("simplex", 2, 37, 2, 8, 6)
+    k[:, 5], rng = 0, np.random.default_rng(0)
+    k[:, 6] *= 5
+    c, erase, write = (rng.random(shape) for shape in (beta.shape, k.shape, v.shape))
+    square = np.sum(k * k, axis=-1)
+    safe = np.where(square == 0, 1, square)
+    strength = np.where(square == 0, beta, (1 - np.exp(-beta * safe)) / safe)
+    plain = {
+        "error_free": ((beta,), (v, strength, k)),
+        "comba": ((beta, c), (v, beta, c[..., None] * k)),
+        "gated_delta2": ((erase, write), (write * v, np.ones_like(beta), erase * k)),
+    }
+
+    @jax.jit
+    def everything(q, k, v, weights, inputs):
+        def run(name, chunked):
+            rule = UPDATE_RULES[name]
+            rule = rule if chunked else rule._replace(chunked=None)
+            loss = lambda *x: jnp.sum(chunks.run(rule, q, *x[:2], x[2:], weights)[0])
+            grads = jax.grad(loss, argnums=tuple(range(2 + len(inputs[name]))))
+            found = chunks.run(rule, q, k, v, inputs[name], weights)
+            return [*found, *grads(k, v, *inputs[name])]
+
+        return [[run(name, chunked) for chunked in (True, False)] for name in plain]
+
+    given = {name: inputs for name, (inputs, _) in plain.items()}
+    found = everything(*float32((q, k, v, weights, given)))
+    for (name, (_, (value, strength, p))), both in zip(plain.items(), found, strict=True):
+        w, outs = weights, []
+        for t in range(37):
+            wrong = value[:, t] - np.einsum("bnk,bnkv->bnv", p[:, t], w)
+            w = w + np.einsum("bnk,bnv->bnkv", k[:, t], strength[:, t, :, None] * wrong)
+            outs.append(np.einsum("bnk,bnkv->bnv", q[:, t], w))
+        for values in both:
+            assert relative_error(values[0], np.stack(outs, 1)) < 1e-5, name
+            assert relative_error(values[1], w) < 1e-5, name
+        for a, b in zip(*both, strict=True):
+            assert np.isfinite(a).all(), name
+            assert relative_error(a, np.float64(b)) < 2e-5, name
+
+
 @pytest.mark.parametrize("length", [1, 7, 37, 100])
 @pytest.mark.parametrize("form", ["chunks", "tokens", "chunks, no fill neutral"])
 def test_own_rule_equals_its_definition(decayed, length, form):
@@ -174,6 +217,27 @@ def test_normalisation_is_refused_where_the_key_sum_would_not_decay(decayed):
     np.testing.assert_array_equal(state.key_sum, 0.0)
     expected, _ = definition(decayed[0].step, q, k, v, g)
     assert relative_error(out, np.float64(expected)) < 1e-5
+    with pytest.raises(UserError, match="has a decay of its own: give it no other"):
+        attend(attn_normalization="none", inputs={"decay": g}, log_decay=g)
+    UPDATE_RULES["decayed_sum"] = decayed[0]._replace(update=None)
+    with pytest.raises(UserError, match="decayed_sum says its step only: make it with"):
+        attend(attn_normalization="none", inputs={"decay": g}, log_decay=g)
+    UPDATE_RULES["decayed_sum"] = decayed[0]
+
+
+def test_a_key_sum_decays_where_the_memory_does():
+    """With values of one and `output`, what is read is one, at any split."""
+    q, k, v, _, _ = float32(make_inputs("simplex", length=12))
+    by_head = jnp.asarray(decays(k.shape[:3]), jnp.float32)
+    attend = jax.jit(partial(fast_weight_attention, update_rule="sum", eps=0.0,
+                             attn_normalization="output"))  # fmt: skip
+    for g in (by_head, jnp.repeat(by_head[..., None], 8, axis=-1)):
+        outs, state = [], None
+        for part in (slice(0, 5), slice(5, 12)):
+            cut = [x[:, part] for x in (q, k, jnp.ones_like(v))]
+            out, state = attend(*cut, None, state, log_decay=g[:, part])
+            outs.append(out)
+        np.testing.assert_allclose(jnp.concatenate(outs, axis=1), 1.0, rtol=1e-5)
 
 
 def test_a_rule_may_bring_its_own_key_sum(decayed):
