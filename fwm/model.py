@@ -64,6 +64,17 @@ def empty_memory(config: ModelConfig, batch_size: int) -> Any:
     return _join(config, [(carried,) * (config.n_layer // len(empty)) for carried in empty])
 
 
+def _in_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with the matmuls that the config asks for."""
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        with self.config.precision():
+            return method(self, *arguments, **options)
+
+    return run
+
+
 class LanguageModel(nn.Module):
     """Word embedding, `n_layer` blocks, adaptive softmax (paper section 6.3).
 
@@ -106,6 +117,7 @@ class LanguageModel(nn.Module):
 
         return _by_place(c, key, init)
 
+    @_in_precision
     def hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -194,6 +206,7 @@ class LanguageModel(nn.Module):
             return x, None
         return x, _join(c, [_unstack(of, c.n_layer // n_place) for of in carried])
 
+    @_in_precision
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -231,6 +244,7 @@ class LanguageModel(nn.Module):
         hidden, memory, tables = self._hidden(tokens, memory, dropout, last)
         return self.softmax(hidden, targets, tables, self.embedding.projs), memory
 
+    @_in_precision
     def log_probs(
         self, tokens: Int[Array, "B T"], memory: Any = None
     ) -> tuple[Float[Array, "B V"], Any]:
@@ -238,6 +252,7 @@ class LanguageModel(nn.Module):
         hidden, memory, tables = self._hidden(tokens, memory, None, 1)
         return self.softmax.log_probs(hidden[:, 0], tables, self.embedding.projs), memory
 
+    @_in_precision
     def all_log_probs(
         self, tokens: Int[Array, "B T"], memory: Any = None
     ) -> tuple[Float[Array, "B T V"], Any]:
