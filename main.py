@@ -1,10 +1,15 @@
 """fwm's command line: flags, and dispatch on --mode.
 
 python main.py --config=configs/dpfp_delta.py          train, resume
+    --workdir=runs/a --extend --config.train.max_step=2000     the run there, longer
+    --workdir=runs/b --config.init_from=runs/a         a run that begins with its weights
 python main.py --mode=valid --workdir=runs/a           exact perplexity, validation split
 python main.py --mode=eval  --workdir=runs/a           the same, test split; or valid,eval
 python main.py --mode=generate --workdir=runs/a --prompt="The history of"      what it writes
 python main.py --mode=compare --workdir=runs/a,runs/b  curves in one figure, results in a table
+python main.py --mode=report --workdir=runs/a,runs/b   one page about runs, finished or not
+python main.py --mode=import --official=lm/model.pt --workdir=runs/official    a model of lmtool-fwp
+python main.py --mode=export --official=lm/model.pt --workdir=runs/a           and the way back
 python main.py --mode=retrieval --config=configs/retrieval.py:capacity    synthetic experiments
 python main.py --config=examples/own_task.py           with what a file of one's own registers
 
@@ -17,7 +22,20 @@ or --coordinator_address=auto, which takes all three from Slurm's or Open MPI's 
 """
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Before all else. Importing takes seconds, in which Ctrl-C shall end the process and nothing
+    # more be said; a file shall not get the number of an output that the shell has closed.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # As it is in the background of a script.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass
+
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +44,56 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default, linear_delta
-from fwm import evaluate, generate, parallel, registry, reporting, retrieval, train
-from fwm.config import build_config
+from fwm import (
+    config_file,
+    evaluate,
+    generate,
+    look,
+    official,
+    parallel,
+    registry,
+    reporting,
+    retrieval,
+    train,
+)
+from fwm.config import build_config, check, limits
 from fwm.data.cache import cache_folder
 from fwm.data.sources import label
-from fwm.errors import UserError
+from fwm.errors import Terminated, UserError, sentence
 from fwm.files import expanded, flatten
+from fwm.terminal import open_streams, say
 from fwm.workdir import check_holds_run, config_of_run, saved_config, texts_of_run
 
-MODES = ["train", "valid", "eval", "valid,eval", "generate", "compare", "retrieval"]
+MODES = [
+    "train", "valid", "eval", "valid,eval", "generate", "compare", "report", "import", "export",
+    "retrieval",
+]  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Directory of the run, by default runs/<job name>; several for compare: a,b."
+    "workdir",
+    "",
+    "Directory of the run, by default runs/<job name>; several for compare and report: a,b.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "What --mode=generate goes on from.")
+OFFICIAL = flags.DEFINE_string("official", "", official.HELP)
+EXTEND = flags.DEFINE_bool(
+    "extend", False, "Train a run of --workdir on to a config.train.max_step above its own."
+)
 COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, or auto.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 CONFIG = config_flags.DEFINE_config_file("config", None, "A variant: configs/<variant>.py:options.")
+
+
+class ConfigFile(flags.ArgumentParser):
+    """In place of the flag's own parser, which tells of a file's faults in tracebacks, or later."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        """See `config_file.load`."""
+        return config_file.load(argument)
+
+
+flags.FLAGS["config"].parser = ConfigFile()
 
 
 def job_name(config: ConfigDict) -> str:
@@ -88,7 +138,11 @@ def _describe(config: ConfigDict, text: str = "") -> str:
     parts += ["carry"] * t.carry_over_fast_weight + [f"mem{m.mem_len}"] * bool(m.mem_len)
     parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]
     parts += [f"len{t.tgt_len}", f"bs{t.batch_size}", f"lr{t.lr:g}", f"steps{t.max_step}"]
+    parts += [t.scheduler] * (t.scheduler == "wsd") + [f"wd{t.weight_decay:g}"] * bool(
+        t.weight_decay
+    )
     parts += [f"drop{m.dropout:g}", f"seed{config.seed}"]
+    parts += [f"from-{Path(config.init_from).name}"] * bool(config.init_from)
     return "-".join(parts)
 
 
@@ -102,8 +156,6 @@ def parse(argv: list[str]) -> ConfigDict:
     if not given:
         # Fields can be overridden only where there is a config to override them in.
         argv = [argv[0], f"--config={Path(default.__file__)}", *argv[1:]]
-    for value in given:
-        check_config_file(value)
     sys.argv = argv  # config_flags looks for the overrides there
     try:
         with registry.recording() as registered:
@@ -124,6 +176,8 @@ def parse(argv: list[str]) -> ConfigDict:
             "--mode=train needs --config=configs/<variant>.py, the variant one of "
             f"{', '.join(v for v in variants if v not in ('default', 'retrieval'))}."
         )
+    if MODE.value == "train" and "setting" not in CONFIG.value:
+        check(CONFIG.value.to_dict())
     if (MODE.value == "retrieval") != ("setting" in CONFIG.value):
         raise UserError(
             "--mode=retrieval and --config=configs/retrieval.py:capacity or :update_rule belong "
@@ -143,17 +197,6 @@ def config_values(argv: list[str]) -> list[str]:
         if arg.startswith("-") and name == "config":
             values.append(value if equals else "".join(argv[i + 1 : i + 2]))
     return values
-
-
-def check_config_file(value: str) -> None:
-    """Raise `UserError` where there is no such file: the parser says so in a traceback."""
-    file = value.partition(":")[0]
-    if not Path(file).is_file():
-        like = f"; there is {file}.py" if file and Path(f"{file}.py").is_file() else ""
-        raise UserError(
-            f"--config={value} names no file in {Path.cwd()}{like}: expected the path of a config "
-            "file, such as configs/dpfp_delta.py or configs/dpfp_delta.py:small."
-        )
 
 
 def check_platform() -> None:
@@ -180,6 +223,10 @@ def _sentence(error: BaseException) -> str:
         plain = link if isinstance(link, UserError) else plain
         link = link.__cause__ or link.__context__
     text = str(plain or error)
+    override = re.match(r"flag --config\.([\w.]+)=(.*?): ", text, re.DOTALL)
+    kinds = limits() | retrieval.LIMITS
+    if override and override[1] in kinds:
+        text = f"config.{override[1]} must be {kinds[override[1]].expected}, got {override[2]!r}."
     if isinstance(error, LookupError | AttributeError) and not plain:
         text = f"unknown config field {text}"
     return " ".join(text.replace("\\n", " ").split())
@@ -198,13 +245,36 @@ def compare(workdirs: list[Path]) -> int:
     settings = {workdir: saved_config(workdir) for workdir in workdirs}
     paper = {path: reporting.paper_result(settings[path], published()) for path in workdirs}
     texts = {workdir: texts_of_run(workdir) for workdir in workdirs}
-    print(reporting.compare(workdirs, figure, paper, settings, texts))
-    print(f"Learning curves: {figure}")
+    say(reporting.compare(workdirs, figure, paper, settings, texts))
+    return 0
+
+
+def report(workdirs: list[Path]) -> int:
+    """Write one page about several runs, whatever there is of each."""
+    runs = []
+    for workdir in workdirs:
+        check_holds_run(workdir)
+        settings = saved_config(workdir)
+        paper = reporting.paper_result(settings, published())
+        run = reporting.Run(workdir, settings, paper, texts_of_run(workdir))
+        try:
+            sample, words, memories = look.inside(config_of_run(workdir, {}), workdir)
+            run = run._replace(sample=sample, words=words, memories=memories)
+        except UserError as error:  # No checkpoint yet, or none that this command line can read.
+            run = run._replace(note=str(error))
+        runs.append(run)
+    page = workdirs[0] / "report.html"
+    reporting.write_report(runs, page)
+    say(f"Report: {page}")
     return 0
 
 
 def dispatch(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
+    try:
+        argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
+    except flags.Error as error:
+        raise UserError(_sentence(error)) from error
     config = parse(argv)
     if COORDINATOR.value or PROCESSES.value is not None or PROCESS.value is not None:
         if MODE.value != "train":
@@ -216,6 +286,13 @@ def dispatch(argv: list[str]) -> int:
         check_platform()
     if PROMPT.value and MODE.value != "generate":
         raise UserError(f"--prompt belongs to --mode=generate, but the mode is {MODE.value}.")
+    if bool(OFFICIAL.value) != (MODE.value in ("import", "export")):
+        raise UserError(
+            f"--official=model.pt belongs to --mode=import and --mode=export, and the mode is "
+            f"{MODE.value}: give both or neither."
+        )
+    if EXTEND.value and MODE.value != "train":
+        raise UserError(f"--extend belongs to training, but the mode is {MODE.value}.")
     if MODE.value == "retrieval":
         return retrieval.run(config, expanded(WORKDIR.value or f"runs/retrieval-{config.setting}"))
     workdir = expanded(WORKDIR.value) if WORKDIR.value else default_workdir(config)
@@ -224,13 +301,20 @@ def dispatch(argv: list[str]) -> int:
             raise UserError(f"--mode={MODE.value} needs the --workdir of a trained run.")
         if config_values(argv) and not config.registered_in:
             note = f"--config is not used: the settings are those of the run in {workdir}."
-            print(note, file=sys.stderr)
+            say(note, sys.stderr)
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
-        if MODE.value == "compare":
+        if MODE.value in ("compare", "report"):
             if overrides:
-                raise UserError("--mode=compare has no settings: leave --config.... out.")
-            return compare([expanded(name) for name in WORKDIR.value.split(",")])
+                raise UserError(f"--mode={MODE.value} has no settings: leave --config.... out.")
+            several = {"compare": compare, "report": report}[MODE.value]
+            return several([expanded(name) for name in WORKDIR.value.split(",")])
+        if MODE.value == "import":
+            for key in overrides.keys() & {"data.dir", "data.file"}:
+                overrides[key] = str(expanded(overrides[key]).absolute())
+            return official.import_run(expanded(OFFICIAL.value), workdir, overrides)
         config = config_of_run(workdir, overrides)
+        if MODE.value == "export":
+            return official.export_run(config, workdir, expanded(OFFICIAL.value))
     # Absolute, so that an evaluation finds the text from anywhere.
     for key in ("dir", "file"):
         if config.data[key]:
@@ -243,29 +327,49 @@ def dispatch(argv: list[str]) -> int:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     if MODE.value == "train":
-        return train.run(config, workdir, _describe(config))
+        return train.run(config, workdir, _describe(config), extend=EXTEND.value)
     if MODE.value == "generate":
         return generate.run(config, workdir, PROMPT.value)
     splits = ["test" if mode == "eval" else mode for mode in MODE.value.split(",")]
-    return 130 if evaluate.run(config, workdir, splits) is None else 0  # 130: interrupted
+    evaluate.run(config, workdir, splits)
+    return 0
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is done inside as Ctrl-C does; training has its own way."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup
+    by_default = {signal.SIGINT: signal.default_int_handler}
+    old = {number: signal.signal(number, by_default.get(number, end)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str]) -> int:
-    """Run; a user's error becomes one sentence and status 2."""
+    """Run; what a user or the machine is to blame for becomes one sentence and status 2."""
+    open_streams()
     if {"--help", "-help", "-h", "--helpfull"} & set(argv):
-        try:
-            print(__doc__, "Flags:", flags.FLAGS.main_module_help(), sep="\n", flush=True)
-        except BrokenPipeError:  # `| head` has read enough; at exit nothing is to be written again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(f"{__doc__}\nFlags:\n{flags.FLAGS.main_module_help()}")
         return 0
     try:
-        return dispatch(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with ended_by_signals():
+            return dispatch(argv)
+    except KeyboardInterrupt as error:  # Where training ends by it, before it began or at once.
+        say("Interrupted: what was saved before is kept.", sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
+    except Exception as error:
+        if not sentence(error):
+            raise
+        say(f"error: {sentence(error)}", sys.stderr)
         return 2
-    except KeyboardInterrupt:  # Before training began, or the second one.
-        print("Interrupted: what was saved before is kept.", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from etils import epath
 
 from fwm.errors import UserError
 from fwm.files import read_json, write_json
+from fwm.terminal import say
 
 MAX_FAILURES = 3
 CHECKSUMS = "checksums.json"
@@ -90,7 +91,7 @@ class Checkpoints:
       report: takes each warning as one line of text.
     """
 
-    def __init__(self, directory: Path, report: Callable[[str], None] = print) -> None:
+    def __init__(self, directory: Path, report: Callable[[str], None] = say) -> None:
         self._directory = directory.absolute()
         self.report = report
         self._damaged: set[int] = set()
@@ -206,8 +207,34 @@ class Checkpoints:
           UserError: no checkpoint, none that is sound, no such step, or one that does not fit.
         """
         step = self._sound_step(which)
+        self._check_fits(step, self._saved_tree(step), template)
+        return step, self._load(step, template)
+
+    def restore_subtree(
+        self, names: tuple[str, ...], which: Which, like: PyTree | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Load some top-level entries: (step, nested dicts of numpy arrays).
+
+        Tuples and NamedTuples come back as lists and dicts. Damaged checkpoints are treated, and
+        errors raised, as in `restore`; an entry that was not saved is a UserError too, and so are
+        arrays that are not as in `like`, where that is given.
+        """
+        step = self._sound_step(which)
+        saved = self._saved_tree(step)
+        missing = [name for name in names if name not in saved]
+        if missing:
+            raise UserError(
+                f"Checkpoint {step} in {self._directory} has no {', '.join(missing)}: it holds "
+                f"{', '.join(sorted(saved))}."
+            )
+        wanted = {name: saved[name] for name in names}
+        if like is not None:
+            self._check_fits(step, wanted, like)
+        return step, self._load(step, wanted)
+
+    def _check_fits(self, step: int, saved: PyTree, template: PyTree) -> None:
         here = _flat(jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x), template))
-        there = _flat(self._saved_tree(step))
+        there = _flat(saved)
         differing = [name for name in here | there if here.get(name) != there.get(name)]
         if differing:
             listed = "; ".join(
@@ -218,23 +245,6 @@ class Checkpoints:
                 f"Checkpoint {step} in {self._directory} does not fit this run in {len(differing)} "
                 f"arrays ({listed}): use the settings it was trained with or another --workdir."
             )
-        return step, self._load(step, template)
-
-    def restore_subtree(self, names: tuple[str, ...], which: Which) -> tuple[int, dict[str, Any]]:
-        """Load some top-level entries without a template: (step, nested dicts of numpy arrays).
-
-        Tuples and NamedTuples come back as lists and dicts. Damaged checkpoints are treated, and
-        errors raised, as in `restore`; an entry that was not saved is a UserError too.
-        """
-        step = self._sound_step(which)
-        saved = self._saved_tree(step)
-        missing = [name for name in names if name not in saved]
-        if missing:
-            raise UserError(
-                f"Checkpoint {step} in {self._directory} has no {', '.join(missing)}: it holds "
-                f"{', '.join(sorted(saved))}."
-            )
-        return step, self._load(step, {name: saved[name] for name in names})
 
     def _load(self, step: int, item: PyTree) -> PyTree:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import time
 import zipfile
@@ -21,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwm import data
-from fwm.config import ModelConfig, build_config
+from fwm.config import ModelConfig, check, evaluated
 from fwm.errors import UserError
-from fwm.files import write_json
+from fwm.files import replacing, write_json
 from fwm.model import LanguageModel
+from fwm.perplexity import perplexity
 from fwm.score import (
     Partial,
     Score,
@@ -35,6 +35,7 @@ from fwm.score import (
     sliding_window,
 )
 from fwm.tasks import TASKS
+from fwm.terminal import say
 from fwm.workdir import restore, texts_of_run
 
 __all__ = ["Score", "automatic_batch_size", "carry_over", "reading", "run", "sliding_window"]
@@ -51,58 +52,45 @@ def reading(config: Any, n_token: int) -> tuple[ModelConfig, bool, int]:
         Its config, whether it carries a memory, and the tokens of a segment, or else of a window.
 
     Raises:
-        UserError: a setting of `config.eval` out of range, or without meaning for the model.
+        UserError: a setting out of range, or without meaning for the model.
     """
-    e, t = config.eval, config.train
-    for name in ("batch_size", "tgt_len", "mem_len", "clamp_len"):
-        if e[name] < 0:
-            raise UserError(f"config.eval.{name} must be 0 or more, got {e[name]}.")
-    overrides = {name: e[name] for name in ("mem_len", "clamp_len") if e[name] > 0}
-    model_config = build_config(config.model.to_dict() | overrides, n_token)
-    return model_config, model_config.carries(t.carry_over_fast_weight), e.tgt_len or t.tgt_len
+    check(config.to_dict())
+    c, t = config, config.train
+    model = evaluated(c.model.to_dict(), c.eval.to_dict(), n_token)
+    return model, model.carries(t.carry_over_fast_weight), c.eval.tgt_len or t.tgt_len
 
 
 def run(
-    config: Any, workdir: Path, splits: Sequence[str], report: Callable[[str], None] = print
-) -> list[dict] | None:
+    config: Any, workdir: Path, splits: Sequence[str], report: Callable[[str], None] = say
+) -> list[dict]:
     """Score `splits` with the checkpoints `config.eval.checkpoint` of `workdir`.
 
     Writes `<split>_results.json` there; of several checkpoints `<split>_results_<step>.json`; on
     another text than the run's own `<split>_results_<text>-<digest>.json`, and so on.
-    Totals are saved every minute: an evaluation that was killed or interrupted (None is returned
-    then) goes on from there, to exactly the same total.
+    Totals are saved every minute and at a KeyboardInterrupt: an evaluation that was killed or
+    interrupted goes on from there, to exactly the same total.
 
     Raises:
         UserError: no run in workdir, no such checkpoint, no text for the split.
     """
-    names = config.eval.checkpoint.split(",")
-    for which in names:
-        if which not in ("best", "latest") and not which.isdecimal():
-            raise UserError(
-                f"config.eval.checkpoint={which!r}: expected best, latest or a step, or several "
-                "with commas between them."
-            )
-    results = []
-    for split, which in itertools.product(splits, names):
-        result = _score_one(config, workdir, split, which, report)
-        if result is None:
-            return None
-        results.append(result)
-    return results
+    check(config.to_dict())
+    chosen = itertools.product(splits, config.eval.checkpoint.split(","))
+    return [_score_one(config, workdir, split, which, report) for split, which in chosen]
 
 
 def _score_one(
     config: Any, workdir: Path, split: str, which: str, report: Callable[[str], None]
-) -> dict | None:
-    """Score one checkpoint on one split and write its results; None after Ctrl-C."""
-    say: Callable[[str], None] = lambda line: report(f"{split}: {line}")
+) -> dict:
+    """Score one checkpoint on one split and write its results."""
+    tell: Callable[[str], None] = lambda line: report(f"{split}: {line}")
     vocab = data.Vocabulary.load(workdir / "vocab.txt")
     task = TASKS[config.task](config, (split,), vocab)
     for warning in task.warnings:
         report(f"warning: {warning}")
     model_config, _, _ = reading(config, len(vocab))
-    step, variables = restore(workdir, which, report)
-    protocol = task.protocol(config, LanguageModel(model_config), variables, split)
+    model = LanguageModel(model_config)
+    step, variables = restore(workdir, model, which, report)
+    protocol = task.protocol(config, model, variables, split)
     started = time.monotonic()
     # What decides a total to the last digit; a partial one goes on only with the same.
     key = {
@@ -121,10 +109,8 @@ def _score_one(
     kept = PartialFile(workdir / f"{split}_partial{other}.npz", key)
     done = kept.load(protocol.empty())
     if done is not None:
-        say(f"going on after {done.score.count} of {done.expected} tokens.")
-    last = _watched(protocol, done, kept, say)
-    if last is None:
-        return None
+        tell(f"going on after {done.score.count} of {done.expected} tokens.")
+    last = _watched(protocol, done, kept, tell)
     score = finish([last])
     sums = {"nll": score.total_nll, "count": score.count, **last.sums}
     # The loss is the mean nll, which all results have.
@@ -151,11 +137,14 @@ def _score_one(
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
         **metrics,
     }
+    compared = _compared(score, task.unit, text)
+    results |= compared
     several = "," in config.eval.checkpoint
     path = workdir / f"{split}_results{other}{f'_{step}' if several else ''}.json"
     unit = "character" if task.unit == "character" else "token"
-    say(
+    tell(
         f"perplexity {score.perplexity:.3f}, {score.bits_per_token:.4f} bits per {unit}"
+        + _told(compared, task.unit)
         + "".join(f", {name} {value:.4f}" for name, value in metrics.items())
         + f" over {score.count} tokens, checkpoint of step {step}, {seconds:.1f} s; {path}"
     )
@@ -169,6 +158,34 @@ def _score_one(
         ) from error
     kept.path.unlink(missing_ok=True)
     return results
+
+
+def _compared(score: Score, unit: str, text: Mapping[str, Any] | None) -> dict[str, float]:
+    """What models of one text can be compared by whatever their tokens are, where it is known.
+
+    A word is what a word model has as a token, ends of lines included. Tokens are not one to one
+    with words, so the nll of all is spread over these: log p per word = log p per token * tokens /
+    words. Bits per character and byte only where tokens can write every text, unlike words.
+    """
+    if text is None:
+        return {}
+    sizes = {"words": text["tokens"]} if unit == "word" else text
+    names = [name for name in ("words", "characters", "bytes") if sizes.get(name)]
+    per = {name: text["tokens"] / sizes[name] for name in names}
+    found = {}
+    if "words" in per:
+        found["perplexity_per_word"] = perplexity(score.mean_nll * per["words"])
+    for name, many in (("bits_per_character", "characters"), ("bits_per_byte", "bytes")):
+        if many in per:
+            found[name] = score.bits_per_token * per[many]
+    return found
+
+
+def _told(compared: Mapping[str, float], unit: str) -> str:
+    if unit == "word" or "perplexity_per_word" not in compared:
+        return ""
+    bits = f", {compared['bits_per_character']:.4f} bits per character" * (unit != "character")
+    return f"{bits}, perplexity per word {compared['perplexity_per_word']:.2f}"
 
 
 def _file_name(text: Mapping[str, Any]) -> str:
@@ -202,13 +219,8 @@ class PartialFile:
             **{f"memory_{i}": np.asarray(leaf, np.float32) for i, leaf in enumerate(leaves)},
             **{f"sum_{name}": np.float64(value) for name, value in partial.sums.items()},
         }
-        new = self.path.with_suffix(".new.npz")
-        try:
-            np.savez(new, **arrays)
-            os.replace(new, self.path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
+        with replacing(self.path) as new, new.open("wb") as file:
+            np.savez(file, **arrays)
 
     def load(self, memory: Any) -> Partial | None:
         """What an interrupted evaluation of the same key left, its memory shaped as `memory`.
@@ -239,11 +251,11 @@ class PartialFile:
 
 
 def _watched(
-    protocol: ScoringProtocol, done: Partial | None, kept: PartialFile, say: Callable[[str], None]
-) -> Partial | None:
-    """The last partial score; every now and then it is reported and saved; None after Ctrl-C."""
+    protocol: ScoringProtocol, done: Partial | None, kept: PartialFile, tell: Callable[[str], None]
+) -> Partial:
+    """The last partial score; every now and then, and at Ctrl-C, it is reported and saved."""
     started = said = saved = time.monotonic()
-    partial = done
+    partial: Any = done
     try:
         for partial in protocol.partials(done):
             now = time.monotonic()
@@ -252,13 +264,13 @@ def _watched(
                 try:
                     kept.save(partial)
                 except OSError as error:
-                    say(f"warning: {kept.path} cannot be written ({error.strerror}); going on.")
+                    tell(f"warning: {kept.path} cannot be written ({error.strerror}); going on.")
             if now - said >= SAID_EVERY and partial.score.count:
                 said = now
                 position = partial.position - (done.position if done else 0)
                 speed, score = position / (now - started), partial.score
                 left = partial.position * (partial.expected / score.count - 1) / speed
-                say(
+                tell(
                     f"{score.count} of {partial.expected} tokens, {speed:.1f} {protocol.unit}/s, "
                     f"perplexity so far {score.perplexity:.2f}, {left:.0f} s left"
                 )
@@ -271,8 +283,8 @@ def _watched(
             try:
                 kept.save(partial)
             except OSError as error:
-                say(f"{found}{kept.path} cannot be written ({error.strerror}), so that it is lost.")
+                tell(f"{found}lost, as {kept.path} cannot be written ({error.strerror}).")
             else:
-                say(f"{found}the same command goes on from here.")
-        return None
+                tell(f"{found}the same command goes on from here.")
+        raise
     return partial

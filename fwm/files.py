@@ -22,19 +22,44 @@ def expanded(path: str | Path) -> Path:
         ) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that a reader sees the old file or the new one, never a part."""
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside says which file it is about: that of a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what shall take the place of `path` at the end.
+
+    A reader sees the old file or the new one, and whatever ends it leaves no part of one behind.
+    """
     partial = path.with_name(path.name + ".tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:  # Whatever ended it, no part of a file stays behind.
-        partial.unlink(missing_ok=True)
+        with naming(path):
+            yield partial
+            partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole, as it is, and to the disk."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, as `write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -90,7 +115,8 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
                 f"{workdir} cannot be locked ({error.strerror}): choose a --workdir on a file "
                 "system with file locks."
             ) from error
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        file.flush()
+        with naming(workdir / "lock"):
+            file.truncate(0)
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+            file.flush()
         yield

@@ -15,7 +15,6 @@ import codecs
 import collections
 import functools
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,10 +27,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from fwm import data, evaluate
+from fwm.config import LIMITS
 from fwm.errors import UserError
 from fwm.model import LanguageModel, empty_memory
 from fwm.ops.checks import checked_ids
 from fwm.tasks import TASKS
+from fwm.terminal import give_up, say
 from fwm.workdir import restore
 
 PACED = 1000  # A long text's note compares the pace of so many first and last tokens.
@@ -96,7 +97,7 @@ def feed(
 ) -> tuple[Float[Array, " V"], Context]:
     """Read one more token: log p of every next word, [n_token] float32, and the new context."""
     if not isinstance(token, jax.Array):
-        checked_ids("the token", token, decoder.model.config.n_token, 0)
+        checked_ids("the token", [token], decoder.model.config.n_token)
     step, _ = _compiled(decoder.model)
     return step(decoder.variables, context, jnp.asarray(token, jnp.int32))
 
@@ -185,16 +186,10 @@ def generate(
     Raises:
         UserError: an option out of range, an empty prompt.
     """
-    for name, value, good, expected in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (no chance) or more"),
-        ("top_k", top_k, top_k >= 0, "0 (all words) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all words)"),
-        ("seed", seed, 0 <= seed < 2**32, "0 or more and below 2**32"),
-    ):
-        if not good:
-            raise UserError(f"{name} must be {expected}, got {value}.")
-    draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    chances = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, value in {"max_new_tokens": max_new_tokens, "seed": seed, **chances}.items():
+        LIMITS[f"generate.{name}"].check(name, value)
+    draw = functools.partial(sample, **chances)
 
     # A generator of its own, so that options are refused at the call.
     def words() -> Iterator[tuple[int, float]]:
@@ -226,7 +221,7 @@ def log_probs(
 
 
 def load(
-    config: Any, workdir: Path, report: Callable[[str], None] = print
+    config: Any, workdir: Path, report: Callable[[str], None] = say
 ) -> tuple[Decoder, data.Vocabulary, int]:
     """The model of a run, its vocabulary, and the step of its checkpoint.
 
@@ -239,28 +234,23 @@ def load(
     Raises:
         UserError: no run in workdir, no such checkpoint, a setting of `config.eval` out of range.
     """
-    which = config.generate.checkpoint
-    if which not in ("best", "latest") and not which.isdecimal():
-        raise UserError(
-            f"config.generate.checkpoint={which!r}: expected best, latest or the number of a step."
-        )
     vocab = data.Vocabulary.load(workdir / "vocab.txt")
     model_config, carried, window = evaluate.reading(config, len(vocab))
-    step, variables = restore(workdir, which, report)
-    model, variables = LanguageModel(model_config), jax.device_put(variables)
-    return Decoder(model, variables, window, carried), vocab, step
+    model = LanguageModel(model_config)
+    step, variables = restore(workdir, model, config.generate.checkpoint, report)
+    return Decoder(model, jax.device_put(variables), window, carried), vocab, step
 
 
 def text_pieces(vocab: data.Vocabulary, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids as they come, in pieces that together are `vocab.decode(ids)`.
 
-    A word with the space before it, a newline for `<eos>`, or a character (of bytes: when its last
-    byte has come).
+    A word with the space before it, a newline for `<eos>`, a character, or what a subword has of
+    them (of bytes and subwords: when the last byte of a character has come).
     """
-    if vocab._bytes:
+    if vocab.of_bytes:
         # A character may be several of them.
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        pieces = (decode(bytes([int(vocab.symbols[i])])) for i in ids)
+        pieces = (decode(vocab.bytes_of(i)) for i in ids)
         yield from filter(None, pieces)
         yield from filter(None, [decode(b"", final=True)])
         return
@@ -272,14 +262,19 @@ def text_pieces(vocab: data.Vocabulary, ids: Iterable[int]) -> Iterator[str]:
 
 
 def encode_prompt(vocab: data.Vocabulary, prompt: str) -> tuple[np.ndarray, list[str]]:
-    """Ids of a prompt, [P] int32, and those of its words that are outside the vocabulary.
+    """Ids of a prompt, [P] int32, and those of its words or characters that become `<unk>`.
 
     Raises:
         UserError: a symbol is unknown and the vocabulary has no `<unk>`.
     """
-    words = prompt.split() if vocab.unk_id is not None and vocab.eos_id is not None else []
-    unknown = [word for word in dict.fromkeys(words) if word not in vocab.index]
-    return vocab.encode(prompt, add_eos=False), unknown
+    ids = vocab.encode(prompt, add_eos=False)
+    parts = prompt.split() if vocab.eos_id is not None else prompt
+    unknown = [
+        part
+        for part in (dict.fromkeys(parts) if vocab.unk_id in ids.tolist() else ())
+        if vocab.encode(part, add_eos=False).tolist() == [vocab.unk_id] and part not in vocab.index
+    ]
+    return ids, unknown
 
 
 def run(config: Any, workdir: Path, prompt: str) -> int:
@@ -288,7 +283,7 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
     Notes go to standard error, so that standard output is the text alone.
 
     Returns:
-        The exit status: 0, 130 after Ctrl-C, 141 where nobody reads on.
+        The exit status: 0, or 141 where nobody reads on.
 
     Raises:
         UserError: no run in workdir, no such checkpoint, an option out of range, a prompt that
@@ -299,15 +294,16 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
             f"--mode=generate has no meaning for the task {config.task}: score what was learned "
             "with --mode=valid."
         )
-    note = functools.partial(print, file=sys.stderr, flush=True)
+    note = functools.partial(say, stream=sys.stderr)
     decoder, vocab, step = load(config, workdir, report=note)
     ids, unknown = encode_prompt(vocab, prompt)
     if unknown:
         note(f"note: not in the vocabulary, and read as <unk>: {', '.join(unknown)}")
-    if len(ids) == 0 and vocab.eos_id is None:
-        raise UserError("--mode=generate with a character model needs --prompt=... to go on from.")
     # Where there is no prompt, the end of a line announces a new one.
-    start = ids if len(ids) else vocab.encode("\n")
+    newline = [] if vocab.newline_id is None else [vocab.newline_id]
+    if not len(ids) and not newline:
+        raise UserError("--mode=generate with a character model needs --prompt=... to go on from.")
+    start = ids if len(ids) else newline
     options = config.generate.to_dict()
     del options["checkpoint"]
     words = generate(decoder, start, **options)
@@ -325,16 +321,18 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
                 first.append(last[-1])
             yield i
 
-    status = 0
+    status, interrupt = 0, None
     try:
         for piece in text_pieces(vocab, itertools.chain(ids.tolist(), new_ids())):
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # Nobody reads on, as after `| head`: what comes now goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt as error:
+        interrupt = error
+    except OSError as error:  # Nobody reads on, as after `| head`, or nothing can be written.
+        give_up(sys.stdout)
         status = 141
-    print(flush=True)
+        if not isinstance(error, BrokenPipeError):
+            note(f"Warning: nothing more can be printed ({error}).")
+    say()
     each = lambda start, end, tokens: f"{1e3 * (end - start) / tokens:.2f} ms"
     pace = ""
     if count > 1:  # The first word waits for compilation.
@@ -343,4 +341,6 @@ def run(config: Any, workdir: Path, prompt: str) -> int:
         of_first, of_last = each(first[0], first[-1], PACED), each(last[0], last[-1], PACED)
         pace += f" (the first {PACED}: {of_first}, the last {PACED}: {of_last})"
     note(f"note: {count} new tokens{pace}; checkpoint of step {step}.")
+    if interrupt is not None:
+        raise interrupt
     return status

@@ -26,11 +26,11 @@ from fwm.layers.parts import (
     matrix_init,
     sinusoid,
 )
-from fwm.ops.checks import check, nan_where_invalid
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop
 
 __all__ = [
-    "LanguageModel", "ModelConfig", "build_config", "empty_memory", "make_block",
+    "LanguageModel", "ModelConfig", "build_config", "empty_memory", "layer_of", "make_block",
     "redraw_projections",
 ]  # fmt: skip
 
@@ -46,12 +46,33 @@ def make_block(config: ModelConfig, place: int = 0) -> Block:
     return Block(c.make_mixers()[place], c.d_inner, c.dropout, c.norm, c.dtype, parent=None)
 
 
+def layer_of(config: ModelConfig, variables: Any, number: int) -> tuple[Block, dict[str, Any]]:
+    """Layer `number`, from 0, of a model and its own variables, to be run by itself."""
+    repeat, place = divmod(number, len(config.pattern))
+    own = {
+        name: jax.tree.map(lambda leaf: leaf[repeat], _places(config, collection["layers"])[place])
+        for name, collection in variables.items()
+    }
+    return make_block(config, place), own
+
+
 def empty_memory(config: ModelConfig, batch_size: int) -> Any:
     """The memory before the first token: what `memory=None` stands for; None: there is none."""
     empty = [mixer.empty(batch_size, config.d_model) for mixer in config.make_mixers()]
     if not config.carries_memory:
         return None
     return _join(config, [(carried,) * (config.n_layer // len(empty)) for carried in empty])
+
+
+def _in_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with the matmuls that the config asks for."""
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        with self.config.precision():
+            return method(self, *arguments, **options)
+
+    return run
 
 
 class LanguageModel(nn.Module):
@@ -96,6 +117,7 @@ class LanguageModel(nn.Module):
 
         return _by_place(c, key, init)
 
+    @_in_precision
     def hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -115,6 +137,8 @@ class LanguageModel(nn.Module):
         Handed on this way, the gradients of their two uses share one buffer.
         """
         c = self.config
+        check("LanguageModel", tokens=(tokens, "B T", jnp.integer))
+        _check_memory(c, memory, tokens.shape[0])
         # Layers have keys of their own; the last one is for what is not in a layer.
         keys, own = None, None
         if dropout is not None:
@@ -122,7 +146,7 @@ class LanguageModel(nn.Module):
             own = Dropout(keys[-1], dropout.rows)
             keys = keys[:-1]
         x, tables = self.embedding.with_tables(tokens)
-        x = nan_where_invalid(x * c.d_model**0.5, tokens, c.n_token)
+        x = x * c.d_model**0.5
         if c.make_mixers()[0].adds_positions and not c.no_pos:  # all mixers of a pattern agree
             positions = sinusoid(countdown(tokens.shape[1], c.clamp_len), c.d_model)
             x = x + positions[None].astype(x.dtype)
@@ -182,6 +206,7 @@ class LanguageModel(nn.Module):
             return x, None
         return x, _join(c, [_unstack(of, c.n_layer // n_place) for of in carried])
 
+    @_in_precision
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -205,8 +230,11 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: tokens or targets that are no integers or do not fit each other.
         """
-        integer = jnp.integer
-        check("LanguageModel", tokens=(tokens, "B T", integer), targets=(targets, "B S", integer))
+        check(
+            "LanguageModel",
+            tokens=(tokens, "B T", jnp.integer),
+            targets=(targets, "B S", jnp.integer),
+        )
         if targets.shape[1] > tokens.shape[1]:
             raise UserError(
                 f"LanguageModel: targets of shape {targets.shape} are more than the tokens, of "
@@ -214,9 +242,9 @@ class LanguageModel(nn.Module):
             )
         last = None if targets.shape == tokens.shape else targets.shape[1]
         hidden, memory, tables = self._hidden(tokens, memory, dropout, last)
-        nll = self.softmax(hidden, targets, tables, self.embedding.projs)
-        return nan_where_invalid(nll, targets, self.config.n_token), memory
+        return self.softmax(hidden, targets, tables, self.embedding.projs), memory
 
+    @_in_precision
     def log_probs(
         self, tokens: Int[Array, "B T"], memory: Any = None
     ) -> tuple[Float[Array, "B V"], Any]:
@@ -224,6 +252,7 @@ class LanguageModel(nn.Module):
         hidden, memory, tables = self._hidden(tokens, memory, None, 1)
         return self.softmax.log_probs(hidden[:, 0], tables, self.embedding.projs), memory
 
+    @_in_precision
     def all_log_probs(
         self, tokens: Int[Array, "B T"], memory: Any = None
     ) -> tuple[Float[Array, "B T V"], Any]:
@@ -269,6 +298,25 @@ def _split(config: ModelConfig, memory: Any) -> list[tuple[Any, ...]]:
     mixers = config.make_mixers()
     joined = memory if len(mixers) > 1 else (memory,)
     return [mixer.split(of) for mixer, of in zip(mixers, joined, strict=True)]
+
+
+def _check_memory(config: ModelConfig, memory: Any, batch_size: int) -> None:
+    """Raise `UserError` where the memory is not one of this model for so many rows."""
+    if memory is None:
+        return
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    expected = shapes(jax.eval_shape(lambda: empty_memory(config, batch_size)))
+    got = shapes(memory)
+    if got != expected:
+        raise UserError(
+            "LanguageModel: the memory must be None or what a call with "
+            f"{batch_size} rows returned, {_short(expected)}, got {_short(got)}."
+        )
+
+
+def _short(shapes: Any) -> str:
+    text = str(shapes)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _stack(per_layer: tuple[Any, ...]) -> Any:

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array
 
 from fwm.errors import UserError
+from fwm.limits import NOT_NEGATIVE, RATE, SIZE, whole
 
 Schedule = Callable[[Array], Array]
 
@@ -38,7 +39,7 @@ def constant(lr: float, warmup_step: int, max_step: int, decay_step: int = 0) ->
 
 
 def wsd(lr: float, warmup_step: int, max_step: int, decay_step: int = 0) -> Schedule:
-    """lr t / warmup below `warmup_step`, then lr, then lr (max_step - t) / decay in the last updates.
+    """lr t / warmup below `warmup_step`, then lr, then lr (max_step - t) / decay at the end.
 
     Warmup, stable, decay (Hu et al. 2024, MiniCPM, section 4): what stands before the decay can be
     gone on from with any later end.
@@ -76,8 +77,16 @@ def learning_rate(
     and every later one with the rate of the update before; here update t has the rate for t.
 
     Raises:
-        UserError: unknown scheduler, or a decay that it has not or has no room for.
+        UserError: unknown scheduler, a number out of range, or a decay that it has not or has
+            no room for.
     """
+    RATE.check("lr", lr)
+    for name, kind, value in (
+        ("warmup_step", whole(0), warmup_step),
+        ("max_step", SIZE, max_step),
+        ("decay_step", whole(0), decay_step),
+    ):
+        kind.check(name, value)
     if scheduler not in SCHEDULES:
         raise UserError(f"unknown scheduler {scheduler!r}: expected one of {', '.join(SCHEDULES)}.")
     if decay_step and scheduler != "wsd":
@@ -137,7 +146,12 @@ def adam(
         clip: 0 leaves the gradients as they are.
         weight_decay: AdamW's (Loshchilov and Hutter 2019): update t takes rate(t) * weight_decay *
             parameter more away, of those that `decays` says.
+
+    Raises:
+        UserError: `clip` or `weight_decay` are not finite or below 0.
     """
+    for name, value in (("clip", clip), ("weight_decay", weight_decay)):
+        NOT_NEGATIVE.check(name, value)
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip > 0 else optax.identity(),
         scale_by_adam(0.9, 0.999, 1e-8),

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shlex
 import signal
 import threading
@@ -19,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fwm import parallel
 from fwm.checkpoint import Checkpoints
-from fwm.config import build_config
+from fwm.config import build_config, check
 from fwm.errors import UserError
 from fwm.files import flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
 from fwm.optimizer import Schedule, adam, learning_rate
-from fwm.perplexity import perplexity
+from fwm.perplexity import in_words
 from fwm.reporting import Progress, Reporter, Trace, parameter_table
 from fwm.step import (
     Batch,
@@ -41,7 +43,9 @@ from fwm.step import (
     valid_step,
 )
 from fwm.tasks import TASKS, Task
-from fwm.workdir import claim_workdir
+from fwm.terminal import say
+from fwm.transfer import borrow, subwords
+from fwm.workdir import claim_workdir, saved_config
 
 # The step's names are importable from here too, as they were before it had a file of its own.
 __all__ = ["Batch", "Run", "TrainState", "init_state", "prepare", "run", "train_step"]
@@ -51,6 +55,8 @@ OWN_FIELDS = (
     "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
     "train.profile_steps", "registered_in",
 )  # fmt: skip
+# What a process can ask of all: a checkpoint, or above it, by its number, what a signal asks.
+SAVE = 1
 
 
 @dataclasses.dataclass
@@ -70,13 +76,22 @@ class Run:
     progress: Progress
     trace: Trace
     stop: list[int]  # signals that have come
+    clock: Callable[[], float]  # seconds
 
 
-def run(config: Any, workdir: Path, job_name: str = "") -> int:
+def run(
+    config: Any,
+    workdir: Path,
+    job_name: str = "",
+    *,
+    extend: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
     """Train as `config` says into `workdir`, or go on where its last checkpoint is.
 
     `job_name` is the run's name on Weights & Biases where `config.report.job_name` is empty; by
-    default the workdir's.
+    default the workdir's. With `extend` a run that was to have fewer steps gets those of `config`.
+    What `clock` says, in seconds, decides when `train.save_minutes` are over.
 
     With several processes (`parallel.start`) each reads its own rows of every batch; the first
     one alone writes to the workdir, from which all of them restore.
@@ -88,7 +103,10 @@ def run(config: Any, workdir: Path, job_name: str = "") -> int:
         UserError: settings that do not fit each other, the devices, the text or the workdir,
             training that has diverged, and another process that was lost.
     """
-    with parallel.naming_a_lost_process(), prepare(config, workdir, job_name) as this:
+    with (
+        parallel.naming_a_lost_process(),
+        prepare(config, workdir, job_name, extend, clock) as this,
+    ):
         halt = _loop(this)
         this.checkpoints.wait()
         saved = not parallel.is_first() or this.checkpoints.latest_step() == this.step
@@ -112,22 +130,27 @@ def _loop(this: Run) -> int:
     update = parallel.pmap(step, donate_argnums=(0,))
     measure = functools.partial(valid_step, this.task.score, this.model, total=parallel.total)
     score = parallel.pmap(measure)
-    vote, halt = parallel.Vote(), 0
-    while this.step < t.max_step and not halt:
+    vote, asked, saved = parallel.Vote(), 0, this.clock()
+    while this.step < t.max_step and asked <= SAVE:
         batch = parallel.split(this.task.batch(this.step, own))
         with this.trace.step(this.step + 1, this.state):
             this.state, metrics = update(this.state, batch)
         this.step += 1
         this.trace.after(this.step, this.state)
         this.progress.step(this.step, metrics)
+        now = this.clock()
         if this.step % t.eval_interval == 0 or this.step == t.max_step:
             with this.progress.paused():
                 _save(this, _validate(this, score))
-        halt = vote(this.stop[0] if this.stop else 0)
-    this.progress.flush()
-    if halt:
-        _save(this, None)
-    return halt
+            saved = now
+        # The first process alone says when: the others' clocks would ask a step sooner or later.
+        due = parallel.is_first() and 0 < t.save_minutes <= (now - saved) / 60
+        saved = now if due else saved
+        asked = vote(SAVE + this.stop[0] if this.stop else SAVE * due)
+        if asked:
+            with this.progress.paused():
+                _save(this, None)
+    return max(asked - SAVE, 0)
 
 
 def _validate(this: Run, score: Callable) -> float:
@@ -159,38 +182,63 @@ def _save(this: Run, valid_loss: float | None) -> None:
 
 
 @contextmanager
-def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
+def prepare(
+    config: Any,
+    workdir: Path,
+    job_name: str = "",
+    extend: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Run]:
     """All that a training is made of, where its last checkpoint left it; closed at the end.
+
+    Arguments as `run`.
 
     Raises:
         UserError: as `run`; what settings and text decide is refused before anything is written.
     """
     c, t, first = config, config.train, parallel.is_first()
-    told = functools.partial(print, flush=True) if first else lambda line: None
+    told = say if first else lambda line: None
     with ExitStack() as held:
         with parallel.together():
             _check(config)
             schedule = learning_rate(t.scheduler, t.lr, t.warmup_step, t.max_step, t.decay_step)
-            task = TASKS[c.task](config, ("train", "valid"))
+            begun = Checkpoints(workdir / "checkpoints").latest_step() is not None
+            task = TASKS[c.task](config, ("train", "valid"), subwords(c, workdir, begun))
             # Both refuse what does not fit.
             task.batch(0, parallel.rows(t.batch_size))
             model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
             optimizer = adam(schedule, t.clip, t.weight_decay)
+            carries = model.config.carries(t.carry_over_fast_weight)
+            empty = jax.eval_shape(functools.partial(empty_memory, model.config, t.batch_size))
+            # A Transformer-XL of mem_len 0 carries on, but nothing that could be kept.
+            carries = carries and all(leaf.size for leaf in jax.tree.leaves(empty))
+            rows = t.batch_size if carries else 0
+            init = jax.jit(functools.partial(init_state, model, optimizer, c.seed, rows))
+            _check_memory(init.eval_shape())
+            # A run that has begun needs the other one no more.
+            other = None
+            if c.init_from and not begun:
+                drawn = init().params
+                other = borrow(c, drawn, model.config, task.vocab, task.unit)
+            planned = t.max_step
             if first:
                 held.enter_context(lock_workdir(workdir))
                 resume = Checkpoints(workdir / "checkpoints").latest_step() is not None
-                claim_workdir(workdir, config, task.vocab, resume, task.texts)
+                planned = saved_config(workdir)["train.max_step"] if resume else planned
+                claim_workdir(
+                    workdir, config, task.vocab, resume, task.texts,
+                    begun_from=other and other.origin, extend=extend,
+                )  # fmt: skip
         checkpoints = held.enter_context(Checkpoints(workdir / "checkpoints", told))
-        carries = model.config.carries(t.carry_over_fast_weight)
-        empty = jax.eval_shape(functools.partial(empty_memory, model.config, t.batch_size))
-        # A Transformer-XL of mem_len 0 carries on, but nothing that could be kept.
-        carries = carries and all(leaf.size for leaf in jax.tree.leaves(empty))
-        rows = t.batch_size if carries else 0
-        init = functools.partial(init_state, model, optimizer, c.seed, rows)
         with parallel.together():
             step, state = _begin(init, checkpoints)
+        if other:
+            state = state._replace(params=other.params)
+            told(other.line)
         if step:
             told(f"Resuming {workdir} at step {step}.")
+        if planned < t.max_step:
+            told(_extension(t, planned, schedule, step))
         own = {k: v for k, v in flatten(c.to_dict()).items() if not k.startswith(OWN_FIELDS)}
         parallel.check_same(
             json.dumps([own, task.identity(), step, jax.local_device_count()]),
@@ -205,6 +253,7 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
             use_wandb=c.report.use_wandb,
             project_name=c.report.project_name,
             job_name=c.report.job_name or job_name or workdir.name,
+            unit=task.unit,
             active=first,
         )
         held.enter_context(reporter)
@@ -221,7 +270,7 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
         state = to_devices(state, model, t.batch_size)
         this = Run(
             config, workdir, task, model, optimizer, schedule, step, state,
-            checkpoints, reporter, Progress(reporter, t), trace, stop,
+            checkpoints, reporter, Progress(reporter, t), trace, stop, clock,
         )  # fmt: skip
         del state  # Else it would be kept until the end.
         yield this
@@ -229,42 +278,47 @@ def prepare(config: Any, workdir: Path, job_name: str = "") -> Iterator[Run]:
 
 def _begin(init: Callable[[], TrainState], checkpoints: Checkpoints) -> tuple[int, TrainState]:
     if checkpoints.latest_step() is None:
-        return 0, jax.jit(init)()
+        return 0, init()
     like = jax.eval_shape(lambda: portable(init()))
     step, saved = checkpoints.restore(like._asdict())
     return step, TrainState(**saved)
 
 
+def _extension(t: Any, planned: int, schedule: Schedule, step: int) -> str:
+    """What more steps do to the rate of the next one, in a line."""
+    before = learning_rate(t.scheduler, t.lr, t.warmup_step, planned, t.decay_step)
+    was, now = (float(rate(jnp.float32(step + 1))) for rate in (before, schedule))
+    return (
+        f"Longer: {t.max_step:,} steps in place of {planned:,}. The schedule {t.scheduler} now "
+        f"goes to the new end: the learning rate of step {step + 1:,} is {now:.3g}, "
+        f"it would have been {was:.3g}."
+    )
+
+
 def _check(config: Any) -> None:
-    """Refuse settings of the training that are out of range."""
+    """Refuse settings, and rows that do not fit the devices."""
+    check(config.to_dict())
     t, n_device = config.train, jax.device_count()
     for name in ("batch_size", "eval_batch_size"):
         parallel.check_divides(t[name], f"config.train.{name}", n_device)
-    if t.batch_chunk < 1 or t.batch_size // n_device % t.batch_chunk:
+    if t.batch_size // n_device % t.batch_chunk:
         raise UserError(
             f"config.train.batch_chunk={t.batch_chunk} does not divide the "
             f"{t.batch_size // n_device} rows of a device: use one of their divisors."
         )
-    for name in ("tgt_len", "max_step", "eval_interval", "log_interval"):
-        if t[name] < 1:
-            raise UserError(f"config.train.{name} must be at least 1, got {t[name]}.")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed must be 0 or more and below 2**32, got {config.seed}.")
-    for name, off in (
-        ("clip", "no clipping"), ("weight_decay", "none"), ("decay_step", "a tenth of max_step"),
-    ):  # fmt: skip
-        if not t[name] >= 0:
-            raise UserError(f"config.train.{name} must be 0 ({off}) or more, got {t[name]}.")
-    if t.nan_policy not in ("stop", "skip"):
+
+
+def _check_memory(state: Any) -> None:
+    """Refuse a model whose parameters, gradients and moments alone are more than a device holds."""
+    kept = jax.tree.leaves((state.params, state.params, state.opt_state))
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    # A CPU tells no limit.
+    there = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
         raise UserError(
-            f"unknown config.train.nan_policy {t.nan_policy!r}: expected one of stop, skip."
-        )
-    steps = t.profile_steps
-    whole = all(type(step) is int for step in steps)
-    if steps and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-        raise UserError(
-            "config.train.profile_steps must be the first and the last step to trace, such as "
-            f"(10, 15), or () for none, got {steps}."
+            f"the parameters, gradients and moments of this model need {needed / 2**30:,.1f} GiB, "
+            f"and there are {there / 2**30:,.1f}: make one of config.model's sizes smaller."
         )
 
 
@@ -315,6 +369,6 @@ def _farewell(this: Run) -> str:
         return f"Stopped. Saved at step {step}: the same command with {flag} goes on."
     loss = checkpoints.valid_loss(best)
     return (
-        f"Done. Best validation perplexity {perplexity(loss):.2f} (approximate, step {best}); the "
+        f"Done. Best validation {in_words(loss, this.task.unit)} (approximate, step {best}); the "
         f"run lies in {workdir}.\nExact perplexity: python main.py --mode=valid {flag}"
     )

@@ -12,25 +12,36 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fwm import registry
-from fwm.checkpoint import Checkpoints, Which
-from fwm.config import build_config, defaults
+from fwm.checkpoint import Checkpoints
+from fwm.config import build_config, check, defaults
 from fwm.data import Vocabulary
 from fwm.errors import UserError
 from fwm.files import flatten, read_json, write_json
 from fwm.model import LanguageModel
+from fwm.terminal import say
+from fwm.version import written_by
 
 # What may differ when a run is resumed: where things are, what is reported, and what another
 # machine may need; none of it changes what the run is about.
 FREE_FIELDS = (
     "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
-    "model.dtype", "train.batch_chunk", "train.eval_batch_size", "train.nan_policy",
-    "train.profile_steps", "train.eval_interval", "train.log_interval", "registered_in",
+    "model.dtype", "model.matmul_precision", "train.batch_chunk", "train.eval_batch_size",
+    "train.nan_policy", "train.profile_steps", "train.eval_interval", "train.log_interval",
+    "train.save_minutes", "registered_in",
 )  # fmt: skip
+# Of a run's beginning: a resumed one keeps them where they are not given again.
+BEGINNING = ("init_from", "init_checkpoint")
+# What stands in config.json beside the settings: the fwm that wrote it, and the run whose weights
+# this one began with.
+WRITTEN_BY, BEGUN_FROM = "written_by", "begun_from"
 # What an evaluation may change; everything else is the run's own.
-EVALUATION_FIELDS = ("data.", "eval.", "generate.", "report.", "model.dtype")
+EVALUATION_FIELDS = (
+    "data.", "eval.", "generate.", "report.", "model.dtype", "model.matmul_precision",
+)  # fmt: skip
 TEXTS = "text.json"
 # Keys that earlier versions had, with the value that they must have had.
 GONE: Mapping[str, Any] = {}
@@ -56,7 +67,9 @@ def saved_config(workdir: Path) -> dict[str, Any]:
     saved = read_json(path)
     if not isinstance(saved, dict):
         raise UserError(f"{path} is damaged: expected groups of settings.")
-    saved, known = flatten(saved), flatten(defaults().to_dict())
+    notes = (WRITTEN_BY, BEGUN_FROM)
+    saved = flatten({key: value for key, value in saved.items() if key not in notes})
+    known = flatten(defaults().to_dict())
     gone = {key for key, value in GONE.items() if saved.get(key) == value}
     unknown = ", ".join(sorted(saved.keys() - known - gone))
     if unknown and saved.get("registered_in"):
@@ -79,28 +92,53 @@ def claim_workdir(
     vocab: Vocabulary,
     resume: bool,
     texts: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    *,
+    begun_from: Mapping[str, Any] | None = None,
+    extend: bool = False,
 ) -> None:
     """Write what a run is of into its workdir; if a run is resumed, refuse a different one.
 
     That is config.json, vocab.txt and text.json. The last has `texts`, the task's own; a run of an
     earlier version has none, and is taken to be of the text that it is first resumed with.
 
+    Args:
+        workdir: its folder.
+        config: all settings.
+        vocab: of the task.
+        resume: whether it has a checkpoint.
+        texts: by split.
+        begun_from: the run whose weights it begins with, to be remembered.
+        extend: `train.max_step` may be raised.
+
     Raises:
-        UserError: the workdir holds a run with other settings (each is listed) or another text.
+        UserError: the workdir holds a run with other settings (each is listed) or another text, or
+            none that could be extended.
     """
     path = workdir / "config.json"
     new = config.copy_and_resolve_references().to_dict()
+    if extend and not resume:
+        raise UserError(
+            f"{workdir} holds no run with a checkpoint that --extend could make longer: give the "
+            "--workdir of one, or leave --extend out."
+        )
     if resume:
-        then, now = saved_config(workdir), flatten(new)
+        then = saved_config(workdir)
+        begun_from = read_json(path).get(BEGUN_FROM)
+        if not new["init_from"]:
+            new |= {key: then[key] for key in BEGINNING}
+        now = flatten(new)
+        longer = now["train.max_step"] > then["train.max_step"]
+        free = (*FREE_FIELDS, *["train.max_step"] * (extend and longer))
         differing = [
             f"{key} was {then.get(key)!r} and is now {now.get(key)!r}"
             for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
+            if then.get(key) != now.get(key) and not key.startswith(free)
         ]
         if differing:
             raise UserError(
                 f"{workdir} holds a run with other settings: {'; '.join(differing)}; "
-                "use the same settings to resume it, or another --workdir."
+                "use the same settings to resume it, "
+                f"{'--extend to train it longer, ' * (longer and not extend)}or another --workdir."
             )
         old = Vocabulary.load(workdir / "vocab.txt")
         if old.symbols != vocab.symbols:
@@ -120,7 +158,10 @@ def claim_workdir(
         texts = {**texts_of_run(workdir), **texts}
     write_json(workdir / TEXTS, {split: dict(text) for split, text in texts.items()})
     vocab.save(workdir / "vocab.txt")
-    write_json(path, new)
+    origin = {BEGUN_FROM: dict(begun_from)} if begun_from else {}
+    write_json(path, new | origin | {WRITTEN_BY: written_by()})
+    # Made now: what stands in its way is to be told before hours of work, not at the first save.
+    (workdir / "checkpoints").mkdir(exist_ok=True)
 
 
 def _first_difference(old: Vocabulary, new: Vocabulary) -> str:
@@ -181,24 +222,25 @@ def _read_config(workdir: Path, needed: str = "") -> ConfigDict:
             f"{', '.join(missing)}: give "
             f"--config={shlex.quote(saved['registered_in'])} too."
         )
-    try:
-        config.update_from_flattened_dict(saved)
-    except TypeError as error:
-        raise UserError(f"{workdir}/config.json is damaged: {error}; restore it.") from error
+    check(saved, f"in {workdir / 'config.json'}, ")
+    config.update_from_flattened_dict(saved)
     return config
 
 
 def restore(
-    workdir: Path, which: str, report: Callable[[str], None] = print
+    workdir: Path, model: LanguageModel, which: str, report: Callable[[str], None] = say
 ) -> tuple[int, dict[str, Any]]:
     """A checkpoint's step and the model's variables; `which`: best, latest, or a step's number.
 
     Raises:
-        UserError: no such checkpoint, or none that is sound.
+        UserError: no such checkpoint, none that is sound, or parameters of another model.
     """
     wanted: Any = int(which) if which.isdecimal() else which
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    draws = dict(jax.eval_shape(model.init, jax.random.key(0), token, token))
+    like = {"params": draws.pop("params"), "favor": draws}
     with Checkpoints(workdir / "checkpoints", report=report) as checkpoints:
-        step, saved = checkpoints.restore_subtree(("params", "favor"), wanted)
+        step, saved = checkpoints.restore_subtree(("params", "favor"), wanted, like)
     return step, {"params": saved["params"], **(saved["favor"] or {})}
 
 
@@ -212,7 +254,7 @@ class OpenedRun(NamedTuple):
     step: int  # of the checkpoint they are from
 
 
-def open(path: str | Path, which: Which = "best") -> OpenedRun:
+def open(path: str | Path, which: str | int = "best") -> OpenedRun:
     """Open what was trained in a workdir; the task that it was trained on need not be known.
 
         run = fwm.workdir.open("runs/a")
@@ -230,5 +272,5 @@ def open(path: str | Path, which: Which = "best") -> OpenedRun:
     config = _read_config(workdir, needed="model.").lock()
     vocab = Vocabulary.load(workdir / "vocab.txt")
     model = LanguageModel(build_config(config.model.to_dict(), len(vocab)))
-    step, variables = restore(workdir, str(which))
+    step, variables = restore(workdir, model, str(which))
     return OpenedRun(config, vocab, model, jax.device_put(variables), step)

@@ -62,7 +62,8 @@ def test_a_partial_score_that_cannot_be_saved_costs_a_warning(monkeypatch, tmp_p
     assert "cannot be written (No such file or directory); going on." in lines[0]
     assert "perplexity so far inf" in lines[1]
     stopped = Scripted(partials, interrupted=True)
-    assert evaluate._watched(stopped, None, kept, lines.append) is None
+    with pytest.raises(KeyboardInterrupt):
+        evaluate._watched(stopped, None, kept, lines.append)
     assert lines[-1].startswith("interrupted; PARTIAL perplexity inf over the first 20 of 20")
 
 
@@ -78,14 +79,16 @@ def test_an_interrupted_scoring_is_saved(tmp_path):
     kept = PartialFile(tmp_path / "valid_partial.npz", KEY)
     lines = []
     stopped = Scripted((partial,), interrupted=True)
-    assert evaluate._watched(stopped, None, kept, lines.append) is None
+    with pytest.raises(KeyboardInterrupt):
+        evaluate._watched(stopped, None, kept, lines.append)
     assert lines == [
         "interrupted; PARTIAL perplexity 7.389 over the first 10 of 40 tokens; "
         "the same command goes on from here."
     ]
     assert kept.load(None) == partial
     # Interrupted once more before anything new was scored: nothing is lost.
-    assert evaluate._watched(Scripted(interrupted=True), partial, kept, lines.append) is None
+    with pytest.raises(KeyboardInterrupt):
+        evaluate._watched(Scripted(interrupted=True), partial, kept, lines.append)
     assert kept.load(None) == partial
 
 

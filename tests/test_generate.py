@@ -142,14 +142,14 @@ def test_ties_do_not_widen_top_k():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
-        ({"temperature": -0.5}, r"temperature must be 0 \(no chance\) or more, got -0.5"),
-        ({"temperature": float("nan")}, "temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 0"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
-        ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
-        ({"seed": -1}, "seed must be 0 or more and below"),
-        ({"seed": 2**32}, "seed must be 0 or more and below"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 0, got -1"),
+        ({"temperature": -0.5}, "temperature must be a number of at least 0, got -0.5"),
+        ({"temperature": float("nan")}, "temperature must be a number"),
+        ({"top_k": -1}, "top_k must be a whole number of at least 0"),
+        ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p must be a number above 0 and at most 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"seed": 2**32}, "seed must be a whole number of at least 0"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -5,13 +5,20 @@ The numbers themselves are compared with the official ones in test_golden_models
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from fwm.errors import UserError
-from fwm.interop import ATTN_TYPES, config_from_lmtool, from_lmtool, to_lmtool
+from fwm.interop import (
+    ATTN_TYPES,
+    arguments_to_lmtool,
+    config_from_lmtool,
+    from_lmtool,
+    to_lmtool,
+)
 
 BASE = dict(
     attn_type=24, n_token=60, n_layer=2, n_head=2, d_model=12, d_head=4, d_inner=20, proj_dim=5,
@@ -175,6 +182,20 @@ def test_arguments_without_effect():
         assert config_from_lmtool(arguments).attn_normalization == "none"
 
 
+@pytest.mark.parametrize("attn_type", ATTN_TYPES)
+def test_arguments_there_and_back(attn_type):
+    for vocabulary, skip in itertools.product(VOCABULARIES.values(), (False, True)):
+        own = {"attn_type": attn_type, "skip_attn_normalization": skip, "dropout": 0.1}
+        own |= {"pre_lnorm": skip, "clamp_len": 7, "mem_len": 5 * (attn_type == 0)}
+        config = config_from_lmtool(BASE | vocabulary | own)
+        back = arguments_to_lmtool(config)
+        assert config_from_lmtool(back) == config
+        assert config_from_lmtool(json.loads(json.dumps(back))) == config
+    if ATTN_TYPES[attn_type][0] == "fast_weight" and ATTN_TYPES[attn_type][2] == "delta":
+        named = dataclasses.replace(config, key_norm="sum")
+        assert arguments_to_lmtool(named) == back
+
+
 @pytest.mark.parametrize("kind", [0, 24])
 def test_tensors_that_are_refused(kind):
     arguments = BASE | {"attn_type": kind}
@@ -205,5 +226,8 @@ def test_tensors_that_are_refused(kind):
 def test_models_that_the_toolkit_has_not(change, message):
     arguments = BASE | {"attn_type": 24}
     config, variables = from_lmtool(arguments, state_dict(arguments))
+    other = dataclasses.replace(config, **change)
     with pytest.raises(UserError, match=message):
-        to_lmtool(dataclasses.replace(config, **change), variables)
+        to_lmtool(other, variables)
+    with pytest.raises(UserError, match="the official toolkit has no model of mixer=fast_weight"):
+        arguments_to_lmtool(other)

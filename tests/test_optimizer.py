@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fwm.errors import UserError
 from fwm.checkpoint import Checkpoints
+from fwm.errors import UserError
 from fwm.optimizer import SCHEDULES, adam, decays, learning_rate
 
 

@@ -108,15 +108,45 @@ def one_device(place):
 
 
 @pytest.fixture(scope="module")
-def whole(place, one_device):
+def saves():
+    """By variant, what `whole` has saved: each step, and whether it was validated."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(place, one_device, saves):
     """An uninterrupted run of a variant, made once."""
 
     @functools.cache
     def run(variant):
-        assert train.run(settings(place, variant), place / variant) == 0
+        plain, saves[variant] = Checkpoints.save, []
+
+        def save(self, step, state, *, valid_loss):
+            saves[variant].append((step, valid_loss is not None))
+            plain(self, step, state, valid_loss=valid_loss)
+
+        config = settings(place, variant, **{"train.save_minutes": 4.0})
+        minutes = itertools.count(0, 60)  # seconds; a step takes a minute
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Checkpoints, "save", save)
+            assert train.run(config, place / variant, clock=lambda: next(minutes)) == 0
         return place / variant
 
     return run
+
+
+def test_checkpoints_by_time(whole, saves):
+    """Beside those of the validations, from which their time is counted too; the best is of these.
+
+    That they change nothing else show the other tests: those runs have none.
+    """
+    checkpoints = Checkpoints(whole("fast_weight") / "checkpoints")
+    by_time, validated = False, True
+    assert saves["fast_weight"] == [
+        (4, by_time), (8, by_time), (9, validated), (13, by_time), (17, by_time), (18, validated),
+    ]  # fmt: skip
+    assert checkpoints.best_step() in (9, 18)
+    assert set(checkpoints.steps()) == {17, 18, checkpoints.best_step()}
 
 
 def losses(workdir):

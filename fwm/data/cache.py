@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fwm.errors import UserError
-from fwm.files import expanded
+from fwm.files import expanded, write_json
 
 
 @contextlib.contextmanager
@@ -104,9 +104,8 @@ def file_digest(path: str, cache_dir: Path) -> str:
     if before == _state(path) and before[2] < begin - 1_000_000_000:
         with _writing(cache_dir):
             memory.parent.mkdir(parents=True, exist_ok=True)
-            temporary = memory.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps({"state": before, "digest": digest}))
-            temporary.replace(memory)
+            with contextlib.suppress(FileNotFoundError):  # Another process has just written it.
+                write_json(memory, {"state": before, "digest": digest})
     return digest
 
 

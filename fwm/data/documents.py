@@ -6,12 +6,14 @@ one of a Hugging Face data set that lies on disk.
 
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from fwm.data.cache import build_once, file_digest
 from fwm.data.tokens import texts
@@ -31,6 +33,7 @@ NAMES = {
 }
 # With fewer documents, one in twenty is none: their text is cut by its length.
 ENOUGH = 20
+WHOLE = "whole"
 
 Files = Mapping[str, Sequence[Path]]  # by split; "": all splits are to be made of them
 
@@ -120,9 +123,9 @@ def gather(files: Files, field: str, cache_dir: Path) -> tuple[Path, dict[str, t
     """Write documents one below the other, each ended by a newline: once, in the cache.
 
     Returns:
-      The folder with a text `<split>.txt` for every split, `.txt` for the split ""; and if there
-      are enough documents in this one, where each split of it begins and ends: the last 5% of them
-      are for testing, the 5% before for validation.
+      The folder with a text `<split>.txt` for every split, `whole.txt` for the split ""; and if
+      there are enough documents in this one, where each split of it begins and ends: the last 5% of
+      them are for testing, the 5% before for validation.
 
     Raises:
       UserError: a file cannot be read or a document has no text, or the cache cannot be written.
@@ -141,13 +144,13 @@ def gather(files: Files, field: str, cache_dir: Path) -> tuple[Path, dict[str, t
 def _write(files: Files, field: str, folder: Path) -> None:
     borders: list[tuple[str, int, int]] = []
     for split, paths in files.items():
-        ends = [0]
-        with open(folder / f"{split}.txt", "wb") as out:
+        ends = array("q", [0])  # there may be many millions
+        with open(folder / f"{split or WHOLE}.txt", "wb") as out:
             for path in paths:
-                for text in _documents(path, field):
-                    for piece in text:
-                        out.write(piece.encode("utf-8"))
-                    ends.append(out.tell())
+                for document in _documents(path, field):
+                    out.writelines(piece.encode("utf-8") for piece in document)
+                    if out.tell() > ends[-1]:
+                        ends.append(out.tell())
         held_out, n = (len(ends) - 1) // ENOUGH, len(ends) - 1
         if not split and held_out:
             marks = [ends[at] for at in (0, n - 2 * held_out, n - held_out, n)]
@@ -156,7 +159,10 @@ def _write(files: Files, field: str, folder: Path) -> None:
 
 
 def _documents(path: Path, field: str) -> Iterator[Iterator[str]]:
-    """Each document in pieces, to be read before the next, a newline at its end."""
+    """Each document in pieces, to be read before the next, a newline at its end.
+
+    An empty file is none, an empty text in a line or row is an empty line.
+    """
     if kind(path) in PLAIN:
         with _opened(path) as file:
             yield _ended(_read(path, texts(file, str(path))))
@@ -164,25 +170,27 @@ def _documents(path: Path, field: str) -> Iterator[Iterator[str]]:
         with _opened(path) as file:
             for number, line in enumerate(_read(path, file), 1):
                 if line.strip():
-                    yield _ended(iter([_from_json(f"{path}, line {number},", line, field)]))
+                    yield _line(_from_json(f"{path}, line {number},", line, field))
     else:
         for text in _from_table(path, field):
-            yield _ended(iter([text]))
+            yield _line(text)
+
+
+def _line(text: str) -> Iterator[str]:
+    yield text if text.endswith("\n") else text + "\n"
 
 
 def _ended(pieces: Iterator[str]) -> Iterator[str]:
     last = "\n"
     for piece in pieces:
-        last = piece or last
+        last = piece
         yield piece
     if not last.endswith("\n"):
         yield "\n"
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return (
-        cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
-    )
+def _opened(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _read(path: Path, what: Iterator[Any]) -> Iterator[Any]:

@@ -76,6 +76,7 @@ def locate(
     source = _located(name, dir, file, cache_dir, download, field)
     form, unit = TOKENIZERS[tokenizer or "words"]
     if form == "lines":
+        _check_words(source)
         return source
     spans = {split: replace(span, form=form) for split, span in source.spans.items()}
     return replace(source, spans=spans, unit=unit, min_count=1)
@@ -139,7 +140,8 @@ def label(name: str, dir: str, file: str = "") -> str:
     """What a corpus is called: text given without a name is not the embedded corpus."""
     if file and name not in CHARACTER_SETS:
         # No other name is that of one file.
-        return Path(file).name.partition(".")[0] or Path(file).name
+        path = Path(file)
+        return path.name[: -len(documents.kind(path) or path.suffix) or None] or path.name
     return Path(dir).absolute().name if dir and name == "embedded" else name
 
 
@@ -162,7 +164,7 @@ def _gathered(files: documents.Files, where: str, cache_dir: Path, field: str) -
         paths = {split: str(folder / f"{split}.txt") for split in SPLITS if split in files}
         spans = {split: Span(p, 0, os.path.getsize(p), "lines") for split, p in paths.items()}
         return Source(spans, "word", called={s: f"The {s} split of {where}" for s in spans})
-    text = str(folder / ".txt")
+    text = str(folder / f"{documents.WHOLE}.txt")
     spans = {s: Span(text, *ends, "lines") for s, ends in borders.items()} or _cut(text, where)
     return Source(spans, "word", called=dict.fromkeys(spans, where))
 
@@ -204,6 +206,19 @@ def _cut(path: str, where: str) -> dict[str, Span]:
     }
 
 
+def _check_words(source: Source) -> None:
+    """Raise `UserError` where a span of a longer text begins inside of a word."""
+    for split, span in source.spans.items():
+        with open(span.path, "rb") as file:
+            file.seek(max(span.start - 1, 0))
+            if span.start and file.read(1) not in (b" ", b"\t", b"\r", b"\n"):
+                raise UserError(
+                    f"{source.where(split)} has no white space where it would be cut into splits,"
+                    " after 90 and 95% of it: read it with --config.data.tokenizer=characters or"
+                    " bpe."
+                )
+
+
 def _folder(
     name: str,
     dir: str,
@@ -223,14 +238,12 @@ def _folder(
     prepared = form or ("codes" if name in CHARACTER_SETS else "lines")
     sets = []
     for naming in ("{}.txt", "wiki.{}.tokens", "ptb.{}.txt"):
-        files = {split: folder / naming.format(split) for split in SPLITS}
-        sets.append(
-            {
-                split: Span(str(file), 0, os.path.getsize(file), prepared)
-                for split, file in files.items()
-                if file.is_file()
-            }
-        )
+        spans = {}
+        for split, names in documents.NAMES.items():
+            files = [file for name in names if (file := folder / naming.format(name)).is_file()]
+            for file in files[:1]:
+                spans[split] = Span(str(file), 0, os.path.getsize(file), prepared)
+        sets.append(spans)
     there = [spans for spans in sets if spans]
     if len(there) > 1:
         one, other = (Path(next(iter(spans.values())).path).name for spans in there[:2])

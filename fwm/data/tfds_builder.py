@@ -20,6 +20,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 
 from fwm.data.cache import build_once
 from fwm.errors import UserError
+from fwm.terminal import say
 
 PIECE_BYTES = 1 << 20
 SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
@@ -234,7 +235,7 @@ def _download(builder: tfds.core.DatasetBuilder, name: str, layout: str) -> None
     sizes = [builder.url_infos[url].size for url in urls if url in builder.url_infos]
     size = f"{sum(sizes) / 1e6:.1f} MB" if sizes else "of unknown size"
     source = urls[0] if urls else builder.info.homepage
-    print(f"Downloading {name}, {size}, from {source} to {builder.data_path}.", flush=True)
+    say(f"Downloading {name}, {size}, from {source} to {builder.data_path}.")
     hint = f"without a network make a folder with {layout} and give it as --config.data.dir"
     try:
         if urls:

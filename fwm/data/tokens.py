@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -69,7 +68,7 @@ class Part:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-def texts(file: IO[bytes], name: str, length: int = -1) -> Iterator[str]:
+def texts(file: io.BufferedIOBase, name: str, length: int = -1) -> Iterator[str]:
     """Yield what a file has from here on, `length` bytes, in pieces of text.
 
     A byte order mark at the beginning is left out, and every line ends with a newline alone.
@@ -89,6 +88,7 @@ def texts(file: IO[bytes], name: str, length: int = -1) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(name, position - len(error.object) + error.start)) from None
         if first and text:
+            _refuse_wide(name, text)
             text, first = text.removeprefix("\ufeff"), False
         if text:
             yield text
@@ -98,6 +98,15 @@ def texts(file: IO[bytes], name: str, length: int = -1) -> Iterator[str]:
 
 def _not_utf8(name: str, position: int) -> str:
     return f"{name} is not UTF-8 text: byte {position} cannot be read; convert the file to UTF-8."
+
+
+def _refuse_wide(name: str, text: str) -> None:
+    """UTF-16 without a byte order mark is UTF-8 as well, with NUL in every other place."""
+    if text.count("\0") > len(text) // 8:
+        raise UserError(
+            f"{name} is not UTF-8 text: it has NUL every few characters, as UTF-16 has; convert the"
+            " file to UTF-8."
+        )
 
 
 def span_texts(span: Span) -> Iterator[str]:
@@ -145,6 +154,8 @@ def _pieces(span: Span) -> Iterator[tuple[bytes, str]]:
                 text = rest[:cut].decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(_not_utf8(span.path, position + error.start)) from None
+            if position == span.start:
+                _refuse_wide(span.path, text)
             yield rest[:cut], text
             position, rest = position + cut, rest[cut:]
 

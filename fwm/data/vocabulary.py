@@ -10,6 +10,7 @@ import numpy as np
 
 from fwm.data import subwords
 from fwm.errors import UserError
+from fwm.files import write_text
 
 EOS = "<eos>"
 UNK = "<unk>"
@@ -81,6 +82,11 @@ class Vocabulary:
         names = {"words": EOS, "characters": f"{CODE}000A", "bpe": subwords.NEWLINE}
         return self.index.get(names.get(self.tokenizer, "10" if self._bytes else ""))
 
+    @property
+    def of_bytes(self) -> bool:
+        """Whether symbols are bytes or several of them, `bytes_of`."""
+        return self.tokenizer == "bpe" or self._bytes
+
     @cached_property
     def _bytes(self) -> bool:
         return all(symbol.isascii() and symbol.isdigit() for symbol in self.symbols)
@@ -90,10 +96,10 @@ class Vocabulary:
         path = Path(path)
         tokenizer = path.with_name(TOKENIZER_FILE)
         if self.bpe:
-            _write(tokenizer, self.bpe)
+            write_text(tokenizer, self.bpe)
         else:
             tokenizer.unlink(missing_ok=True)
-        _write(path, self.text())
+        write_text(path, self.text())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
@@ -180,7 +186,7 @@ class Vocabulary:
             return " ".join(words).replace(" \n", "\n").replace("\n ", "\n")
         if self.tokenizer == "characters":
             return "".join("\ufffd" if s == UNK else chr(int(s[len(CODE) :], 16)) for s in symbols)
-        if self.tokenizer == "bpe" or self._bytes:
+        if self.of_bytes:
             return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")
         return "".join(symbols).replace("_", " ")
 
@@ -190,7 +196,7 @@ class Vocabulary:
         return repr(chr(int(symbol[len(CODE) :], 16)) if coded else symbol)
 
     def bytes_of(self, i: int | np.integer) -> bytes:
-        """The bytes that an index stands for, where symbols are bytes or subwords."""
+        """The bytes that an index stands for, `of_bytes`."""
         symbol = self.symbols[int(i)]
         return bytes([int(symbol)]) if self._bytes else subwords.to_bytes(symbol)
 
@@ -198,12 +204,3 @@ class Vocabulary:
 def code_point(code: int) -> str:
     """The symbol of a character."""
     return f"{CODE}{code:04X}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

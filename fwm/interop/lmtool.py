@@ -6,6 +6,8 @@
 travel the same way.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwm.config import ModelConfig
+from fwm.config import ModelConfig, model_keys
 from fwm.errors import UserError
 from fwm.model import LanguageModel, redraw_projections
+from fwm.model_config import mixer_keys
 from fwm.ops import UPDATE_RULES
 
 # attn_type: (mixer, feature map, update rule, attention normalisation unless skipped, scale_output)
@@ -118,6 +121,42 @@ def config_from_lmtool(arguments: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def arguments_to_lmtool(config: ModelConfig) -> dict[str, Any]:
+    """The official constructor's arguments for a model: the inverse of `config_from_lmtool`.
+
+    Raises:
+        UserError: the official toolkit has no such model.
+    """
+    c, mixer = config, config.make_mixers()[0]
+    if c.key_norm == UPDATE_RULES[c.update_rule].key_norm:  # The rule's own, by its name.
+        plain: dict[str, Any] = {"key_norm": ""}
+        c = dataclasses.replace(c, **plain)
+    # The keys that say what is computed: not the dtype, nor those of mixers that it has not.
+    read = [
+        n for n in model_keys() if n != "dtype" and (n not in mixer_keys() or hasattr(mixer, n))
+    ]
+    common = dict(
+        n_token=c.n_token, n_layer=c.n_layer, n_head=c.n_head, d_model=c.d_model, d_head=c.d_head,
+        d_inner=c.d_inner, d_embed=c.d_embed, dropout=c.dropout, dropatt=c.dropatt,
+        mem_len=c.mem_len, clamp_len=c.clamp_len, same_length=c.same_length,
+        cutoffs=list(c.cutoffs), div_val=c.div_val, tie_weight=c.tie_weight,
+        tie_projs=list(c.tie_projs), no_pos=c.no_pos, pre_lnorm=c.norm == "pre_lnorm",
+        proj_dim=c.performer_proj_dim, n_roll=c.dpfp_n_roll,
+    )  # fmt: skip
+    for kind, skip in itertools.product(ATTN_TYPES, (False, True)):
+        arguments = common | {"attn_type": kind, "skip_attn_normalization": skip}
+        if ATTN_TYPES[kind][0] != c.mixer or (kind in (4, 5, 6) and c.dropatt > 0):
+            continue
+        back = config_from_lmtool(arguments)
+        if all(getattr(back, name) == getattr(c, name) for name in read):
+            return arguments
+    raise UserError(
+        f"the official toolkit has no model of mixer={c.mixer}, norm={c.norm}"
+        + "".join(f", {name}={getattr(mixer, name)!r}" for name in read if name in mixer_keys())
+        + ": ATTN_TYPES has those that there are."
+    )
+
+
 class Entry(NamedTuple):
     """Some official tensors and the one array of ours that holds them."""
 
@@ -192,7 +231,7 @@ MIXERS = {"fast_weight": _fast_weight, "softmax": _softmax, "transformer_xl": _t
 def _attention(c: ModelConfig, layer: str) -> Iterator[Entry]:
     n, h, d = c.n_head, c.d_head, c.d_model
     prefix = f"{layer}.dec_attn."
-    yield from MIXERS[c.mixer](c, prefix)
+    yield from MIXERS[c.pattern[0]](c, prefix)
     yield Entry(
         (f"{prefix}o_net.weight",),
         ("mixer", "out", "kernel"),
@@ -360,12 +399,12 @@ def to_lmtool(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, np
         c = config
         known = {(kind[1], kind[2], kind[4]) for kind in ATTN_TYPES.values()}
         own = c.key_norm not in ("", UPDATE_RULES[c.update_rule].key_norm)
-        own = own or c.make_mixer().switched()
+        own = own or c.make_mixers()[0].switched()
         if (c.feature_map, c.update_rule, c.scale_output) not in known or own:
             raise UserError(
                 f"the official toolkit has no layer of feature_map={c.feature_map}, update_rule="
                 f"{c.update_rule}, key_norm={c.key_norm!r}, scale_output={c.scale_output} and "
-                f"{', '.join(c.make_mixer().switched()) or 'nothing'} switched on: "
+                f"{', '.join(c.make_mixers()[0].switched()) or 'nothing'} switched on: "
                 "expected one of ATTN_TYPES."
             )
     params = variables["params"]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,10 +16,16 @@ from jaxtyping import Array, Float, Key
 from fwm import ops
 from fwm.errors import UserError
 from fwm.layers.mixer import Mixer, Shared
-from fwm.layers.parts import norm_init, project
+from fwm.layers.parts import Heads, norm_init, project
+from fwm.limits import SIZE, Kind, number, one_of, whole
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
 
 DECAYS = ("none", "constant", "head", "channel")
+CONVOLUTION = Kind(
+    "0 (none) or at least 2 tokens (a token and the one before)",
+    lambda x: whole(0).fits(x) and x != 1,
+)
 
 
 class ConvolvedState(NamedTuple):
@@ -62,6 +69,16 @@ class FastWeightAttention(Mixer):
     """
 
     carries = "asked"
+    limits = MappingProxyType(
+        {
+            "dpfp_n_roll": whole(1, 1000),  # every roll is a part of the program
+            "performer_proj_dim": SIZE,
+            "decay": one_of(DECAYS),
+            "beta_max": number("above 0 and at most 2", lambda x: 0 < x <= 2),
+            "n_step": whole(1, 64),  # and so is every write
+            "short_conv": CONVOLUTION,
+        }
+    )
 
     n_head: int
     d_head: int
@@ -91,16 +108,16 @@ class FastWeightAttention(Mixer):
         norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B _ D"], ops.FastWeightState | ConvolvedState]:
         """See `Mixer`; `norm`: k, v and the rule's inputs are made of norm(x), q of x."""
+        check("FastWeightAttention", x=(x, "B T D"))
         features, rule = self._features(self._arrays()), ops.UPDATE_RULES[self.update_rule]
-        widths = self._widths()
-        projection = project((self.n_head, sum(widths)), -1, self.dtype, "qkv")
+        projection = Heads(self.n_head, self._widths(), self.dtype, name="qkv")
         columns = projection(x if norm is None else norm(x))
         memory, recent = carried if isinstance(carried, ConvolvedState) else (carried, None)
         if self.short_conv:
             columns, recent = self._convolved(columns, recent)
-        q, k, v, *given, decay, gate = jnp.split(columns, np.cumsum(widths)[:-1], axis=-1)
+        q, k, v, *given, decay, gate = columns
         if norm is not None:
-            q = projection(x)[..., : self.d_head]
+            q = projection(x)[0]
         k, v = self._writes(k), self._writes(v)
         if self.short_conv:
             v = jax.nn.silu(v.astype(jnp.float32)).astype(v.dtype)
@@ -137,12 +154,12 @@ class FastWeightAttention(Mixer):
         y = project((x.shape[-1],), (-2, -1), self.dtype, "out")(out)
         return y, memory if recent is None else ConvolvedState(memory, recent)
 
-    def _widths(self) -> list[int]:
+    def _widths(self) -> tuple[int, ...]:
         """Of the columns that are projected for a head: q, k, v, the rule's inputs, decay, gate."""
         d, n, n_key = self.d_head, self.n_step, self._n_key()
         inputs = [n * i.width(n_key, d) for i in ops.UPDATE_RULES[self.update_rule].inputs]
         decay = {"head": 1, "channel": n_key}.get(self.decay, 0)
-        return [d, n * d, n * d, *inputs, decay, d if self.output_gate else 0]
+        return d, n * d, n * d, *inputs, decay, d if self.output_gate else 0
 
     def _writes(self, x: Float[Array, "B T N F"]) -> Float[Array, "B S N G"]:
         """What a token has of its n writes side by side, as one write after the other."""
@@ -153,16 +170,18 @@ class FastWeightAttention(Mixer):
         return jnp.moveaxis(x, 3, 2).reshape(n_batch, -1, n_head, width // self.n_step)
 
     def _convolved(
-        self, columns: Float[Array, "B T N F"], recent: Float[Array, "B P N C"] | None
-    ) -> tuple[Array, Array]:
+        self, columns: list[Float[Array, "B T N _"]], recent: Float[Array, "B P N C"] | None
+    ) -> tuple[list[Array], Array]:
         """The columns with q, k and v convolved; what the next tokens are convolved with."""
         width = self._n_convolved()
-        recent = self._recent(len(columns)) if recent is None else recent
+        recent = self._recent(len(columns[0])) if recent is None else recent
         bound = self.short_conv**-0.5  # as a convolution of PyTorch begins
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         taps = self.param("taps", init, (self.short_conv, self.n_head, width))
-        qkv, recent = ops.short_convolution(columns[..., :width], taps, recent)
-        return jnp.concatenate([qkv, columns[..., width:]], axis=-1), recent
+        qkv = jnp.concatenate(columns[:3], axis=-1)
+        qkv, recent = ops.short_convolution(qkv, taps, recent)
+        ends = np.cumsum(self._widths())[:2]
+        return [*jnp.split(qkv, ends, axis=-1), *columns[3:]], recent
 
     def _n_convolved(self) -> int:
         """Channels of q, k and v of a head."""
@@ -238,18 +257,7 @@ class FastWeightAttention(Mixer):
         }
 
     def check(self) -> None:
-        """Names that are known, sizes, and switches that the rule has."""
-        for field in ("dpfp_n_roll", "performer_proj_dim", "n_step"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} must be at least 1, got {getattr(self, field)}.")
-        if self.decay not in DECAYS:
-            raise UserError(f"unknown decay {self.decay!r}: expected one of {', '.join(DECAYS)}.")
-        if not 0 < self.beta_max <= 2:
-            raise UserError(f"beta_max must be above 0 and at most 2, got {self.beta_max:g}.")
-        if self.short_conv < 0 or self.short_conv == 1:
-            raise UserError(
-                f"short_conv must be at least 2 tokens wide, or 0 for none, got {self.short_conv}."
-            )
+        """Names that are known, and switches that the rule has."""
         self._features({})
         decays, n = self.decay != "none", self.n_step
         ops.check_composition(self.update_rule, self.attn_normalization, decays, n)

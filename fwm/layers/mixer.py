@@ -9,14 +9,36 @@ writes as their default is the default. A new one is one class and one entry of 
 fwm/layers/mixers.py or in one's own config file.
 """
 
+import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from fwm.limits import PROBABILITY, SIZE, Kind, of_type, whole
 from fwm.ops.dropout import Dropout
 from fwm.registry import Table
+
+
+def _is_float(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
+# Fields that a model has anyway, or several mixers.
+COMMON = {
+    "n_head": SIZE,
+    "d_head": SIZE,
+    "dropout": PROBABILITY,
+    "dropatt": PROBABILITY,
+    "clamp_len": whole(-1),
+    "dtype": Kind("a dtype of floats", _is_float),
+}
 
 
 class Shared(NamedTuple):
@@ -46,9 +68,25 @@ class Mixer(nn.Module):
         norms_itself: under `norm=pre_lnorm` the residual is x as it is, and the mixer, which gets
             x and a keyword `norm`, normalises what the official toolkit does. False: as in its
             fast weight layers, both the residual and what the mixer reads are the normalised x.
+        limits: what its own fields may be, where their type does not say it all.
+
+    Raises:
+        UserError: (where it is made) a field of another type or out of range, or `check`'s.
     """
 
     adds_positions: ClassVar[bool] = True
+    limits: ClassVar[Mapping[str, Kind]] = MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for field in dataclasses.fields(self):
+            kind = COMMON.get(field.name) or self.limits.get(field.name)
+            if kind is None and field.type in (bool, int, float, str, tuple):
+                kind = of_type(field.type)
+            if kind is not None:
+                kind.check(field.name, getattr(self, field.name))
+        super().__post_init__()
+        self.check()
 
     def __call__(
         self,
@@ -93,7 +131,7 @@ class Mixer(nn.Module):
         return {}
 
     def check(self) -> None:
-        """Raise `UserError` where the fields have no meaning together."""
+        """Raise `UserError` where the fields, each within its limits, have no meaning together."""
 
     def name_parts(self, name: str) -> list[str]:
         """What a run's name says of a mixer called `name`."""

@@ -1,6 +1,7 @@
 """Causal softmax attention: the standard Transformer's mixer."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -9,11 +10,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fwm.errors import UserError
 from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import attention_dropout, project
+from fwm.limits import Kind, whole
 from fwm.ops import softmax
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
+
+WINDOW = Kind(
+    "0 (a token sees all before it) or at least 2 (itself and the one before)",
+    lambda x: whole(0).fits(x) and x != 1,
+)
 
 
 class WindowMemory(NamedTuple):
@@ -37,6 +44,7 @@ class SoftmaxAttention(Mixer):
     """
 
     norms_itself = True
+    limits = MappingProxyType({"attention_window": WINDOW})
 
     n_head: int
     d_head: int
@@ -56,6 +64,7 @@ class SoftmaxAttention(Mixer):
         norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B _ D"], WindowMemory | None]:
         """See `Mixer`; `norm`: k and v are made of norm(x), q of x."""
+        check("SoftmaxAttention", x=(x, "B T D"))
         d = self.d_head
         projection = project((self.n_head, 3 * d), -1, self.dtype, "qkv")
         qkv = projection(x)
@@ -100,14 +109,6 @@ class SoftmaxAttention(Mixer):
         shape = (batch_size, self.attention_window - 1, self.n_head, self.d_head)
         nothing = jnp.zeros(shape, self.dtype)
         return WindowMemory(nothing, nothing, jnp.zeros((batch_size,), jnp.int32))
-
-    def check(self) -> None:
-        """A window in which there is something to see."""
-        if self.attention_window < 0 or self.attention_window == 1:
-            raise UserError(
-                "attention_window must be 0 (a token sees all before it) or at least 2 (itself and "
-                f"the one before), got {self.attention_window}."
-            )
 
     def name_parts(self, name: str) -> list[str]:
         """The name, and the window if there is one."""

@@ -1,6 +1,7 @@
 """Transformer-XL's mixer: softmax attention over a memory and the segment, relative positions."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,9 @@ from jaxtyping import Array, Float, Int
 from fwm.errors import UserError
 from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import attention_dropout, countdown, project, sinusoid
+from fwm.limits import whole
 from fwm.ops import softmax
+from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop
 
 
@@ -39,6 +42,7 @@ class RelativeAttention(Mixer):
     carries = "always"
     adds_positions = False
     norms_itself = True
+    limits = MappingProxyType({"mem_len": whole(0)})
 
     n_head: int
     d_head: int
@@ -61,6 +65,7 @@ class RelativeAttention(Mixer):
         norm: Callable[[Array], Array] = lambda x: x,
     ) -> tuple[Float[Array, "B _ D"], Any]:
         """See `Mixer`; `norm` is applied to what is remembered too, which is kept without it."""
+        check("RelativeAttention", x=(x, "B T D"))
         if shared is None:
             raise UserError("the mixer of Transformer-XL needs `shared`: two biases of all layers.")
         d, (n_batch, length, d_model) = self.d_head, x.shape
@@ -113,9 +118,7 @@ class RelativeAttention(Mixer):
         return dict.fromkeys(("r_w_bias", "r_r_bias"), (self.n_head, self.d_head))
 
     def check(self) -> None:
-        """A memory of a length, and something to see."""
-        if self.mem_len < 0:
-            raise UserError(f"mem_len must be 0 or more, got {self.mem_len}.")
+        """Something to see."""
         if self.same_length and self.mem_len == 0:
             raise UserError("same_length needs mem_len > 0: otherwise it masks everything.")
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from fwm.errors import UserError
 from fwm.ops.adaptive_softmax import Cluster, log_probs, nll, take
+from fwm.ops.checks import check, nan_where_invalid
 
 
 def _bounds(n_token: int, cutoffs: Sequence[int]) -> tuple[int, ...]:
@@ -72,11 +73,14 @@ class AdaptiveEmbedding(_Tables):
     ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
         """The embedding, and `tables` for a tied softmax.
 
-        The same values as `tables`, but the gradients of both uses go into one buffer.
+        The same values as `tables`, but the gradients of both uses go into one buffer. NaN for an
+        id outside the vocabulary.
         """
+        check("AdaptiveEmbedding", tokens=(tokens, "B T", jnp.integer))
         if self.div_val == 1:
             x, table = take(self.tables[0], tokens)
-            return x @ self.projs[0] if self.projs else x, (table,)
+            x = x @ self.projs[0] if self.projs else x
+            return nan_where_invalid(x, tokens, self.n_token), (table,)
         bounds = _bounds(self.n_token, self.cutoffs)
         x, tables = jnp.zeros((*tokens.shape, self.d_model)), []
         for i, (low, high) in enumerate(pairwise(bounds)):
@@ -84,7 +88,7 @@ class AdaptiveEmbedding(_Tables):
             rows, table = take(self.tables[i], jnp.where(mine, tokens - low, 0))
             x = jnp.where(mine[..., None], rows @ self.projs[i], x)
             tables.append(table)
-        return x, tuple(tables)
+        return nan_where_invalid(x, tokens, self.n_token), tuple(tables)
 
 
 class AdaptiveSoftmax(_Tables):
@@ -154,10 +158,16 @@ class AdaptiveSoftmax(_Tables):
         tables: Sequence[Array] = (),
         projs: Sequence[Array] = (),
     ) -> Float[Array, "B T"]:
-        """-log p(target), float32; `tables` and `projs` are the embedding's."""
+        """-log p(target), float32; `tables` and `projs` are the embedding's.
+
+        NaN for a target outside the vocabulary.
+        """
+        axes = {"targets": (targets, "B T", jnp.integer)}
+        check("AdaptiveSoftmax", hidden=(hidden, "B T D"), **axes)
         clusters, hiddens, tables = self._parts(hidden.reshape(-1, hidden.shape[-1]), tables, projs)
         own = self.biases, self.cluster_weight, self.cluster_bias
-        return nll(clusters, hiddens, tables, *own, targets.ravel()).reshape(targets.shape)
+        found = nll(clusters, hiddens, tables, *own, targets.ravel()).reshape(targets.shape)
+        return nan_where_invalid(found, targets, self.n_token)
 
     def log_probs(
         self,

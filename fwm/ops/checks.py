@@ -8,7 +8,7 @@ import numpy as np
 
 from fwm.errors import UserError
 
-_KINDS = {jnp.floating: "floating point", jnp.integer: "integer"}
+_KINDS = {jnp.floating: "a floating point", jnp.integer: "an integer"}
 
 
 def check(of: str, **arrays: tuple[Any, ...]) -> None:
@@ -26,7 +26,7 @@ def check(of: str, **arrays: tuple[Any, ...]) -> None:
     sizes: dict[str, tuple[int, str]] = {}
     for name, (x, axes, *kinds) in arrays.items():
         kind, letters = (kinds or [jnp.floating])[0], axes.split()
-        wanted = f"{of}: {name} must be a {_KINDS[kind]} array [{', '.join(letters)}]"
+        wanted = f"{of}: {name} must be {_KINDS[kind]} array [{', '.join(letters)}]"
         if not isinstance(x, jax.Array | np.ndarray):
             raise UserError(f"{wanted}, got {type(x).__name__}.")
         if not jnp.issubdtype(x.dtype, kind) or len(x.shape) != len(letters):

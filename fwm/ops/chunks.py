@@ -18,8 +18,14 @@ from jaxtyping import Array
 from fwm.errors import UserError
 from fwm.ops import recurrent
 from fwm.ops.checks import vary
+from fwm.ops.forms import on_cpu
 from fwm.ops.recurrent import Rule
 from fwm.ops.softmax import rows_per_block
+
+FORWARD_MODE = (
+    "fwm.ops.recurrent has the update rules in forward mode, one token at a time; forward over "
+    "reverse mode, as in jax.jvp(jax.grad(f), ...), works with the chunked form."
+)
 
 
 class Chunked(NamedTuple):
@@ -39,12 +45,18 @@ class Chunked(NamedTuple):
         cpu_cut: V -> the fastest cut known on a CPU: tokens per chunk, chunks per group.
         small_by_tokens: whether without a gradient on a CPU a small memory is faster token by
             token: it stays in the cache, and the plain recurrence has the least arithmetic.
+        whole: (size, weights [B, N, K, V], q, k, v, *inputs [B, T, N, F]) -> out, weights: in place
+            of the two where there is no such cache (`forms`), for T a multiple of `size`, with a
+            gradient of its own. None: there too groups of chunks.
+        whole_size: K -> tokens per chunk of `whole`.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     cpu_cut: Callable[[int], tuple[int, int]] = lambda n_value: (32, 1)
     small_by_tokens: bool = False
+    whole: Callable[..., Any] | None = None
+    whole_size: Callable[[int], int] = lambda n_key: 64
 
 
 class _Plan(NamedTuple):
@@ -71,7 +83,7 @@ def _plan(chunked: Chunked, shape: tuple[int, ...], n_value: int, chunk_size: in
     Small: K <= 32 and K V <= 1024.
     """
     n_batch, length, n_head, n_key = shape
-    cpu = jax.default_backend() == "cpu"
+    cpu = on_cpu()
     cpu_size, cpu_chunks = chunked.cpu_cut(n_value)
     size = min(chunk_size or (cpu_size if cpu else 64), length)
     n_chunk = -(-length // size)
@@ -123,7 +135,8 @@ def run(
     if length < 1:
         raise UserError(f"there must be at least one token, got arrays of shape {q.shape}.")
     n_key = jax.eval_shape(partial(mapped, features), q).shape[-1]
-    if rule.chunked is None or n_batch == 0 or n_key < 4 * width:
+    at_once = None if rule.chunked is None or on_cpu() else rule.chunked.whole
+    if rule.chunked is None or n_batch == 0 or n_key < 4 * width or at_once is not None:
         q, k, features = mapped(features, q), mapped(features, k), None
     if rule.chunked is None or n_batch == 0:
         kept_every = recurrent.KEPT_EVERY
@@ -133,7 +146,22 @@ def run(
         weights = jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype)
     plan = _plan(rule.chunked, (n_batch, length, n_head, n_key), weights.shape[-1], chunk_size)
     weights, tokens, features = vary((weights.astype(dtype), (q, k, v, *inputs), features))
-    return _run(rule, plan, weights, tokens, features)
+    try:
+        if at_once is not None:
+            size = min(chunk_size or rule.chunked.whole_size(n_key), length)
+            return _run_whole(rule, at_once, size, weights, tokens)
+        return _run(rule, plan, weights, tokens, features)
+    except TypeError as error:
+        if "forward-mode" in str(error):  # JAX's own words do not say where there is a form for it
+            error.add_note(FORWARD_MODE)
+        raise
+
+
+def _run_whole(rule, whole, size, weights, tokens):
+    length = tokens[0].shape[1]
+    plan = _Plan(1, -(-length // size), 1, size, by_tokens=False)
+    out, weights = whole(size, weights, *_pad(rule, plan, tokens))
+    return out[:, :length], weights
 
 
 def mapped(features: jax.tree_util.Partial | None, x: Array) -> Array:

@@ -18,6 +18,7 @@ from fwm.ops.chunks import Chunked, mapped, scan_chunks
 from fwm.ops.general import composed
 from fwm.ops.inverse import unit_inverse
 from fwm.ops.recurrent import Input, Rule, Update
+from fwm.ops.whole import delta_whole
 from fwm.registry import Table
 
 
@@ -180,6 +181,8 @@ DELTA = Rule(
         _delta_backward,
         cpu_cut=lambda n_value: (16 if n_value < 64 else 32, 2),
         small_by_tokens=True,
+        whole=delta_whole,
+        whole_size=lambda n_key: min(128, max(32, 1 << (n_key - 1).bit_length())),
     ),
     flops=6,
     update=lambda k, v, beta: Update(v, beta),

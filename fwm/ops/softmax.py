@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fwm.errors import UserError
 from fwm.ops.checks import check
 
 # Queries per block of causal attention: a block reads no key after its last query, and its
@@ -41,8 +42,12 @@ def causal_attention(
         segment_ids: a token sees those with its own id only; None: all have the same.
         dropout: applied to the weights [B, N, T, S] before they are divided by their sum, all in
             one piece.
+
+    Raises:
+        UserError: arrays that do not fit each other.
     """
     check("causal_attention", q=(q, "B T N H"), k=(k, "B S N H"), v=(v, "B S N H"))
+    _check_last("causal_attention", q, k)
     if segment_ids is not None:
         check("causal_attention", k=(k, "B S N H"), segment_ids=(segment_ids, "B S", jnp.integer))
     length, n_before = q.shape[1], k.shape[1] - q.shape[1]
@@ -112,7 +117,17 @@ def relative_attention(
         same_length: let a query see the last mem_len positions only, its own included.
         scale: factor of the scores, 1 / sqrt(H) in the paper.
         dropout: applied to the probabilities [B, N, T, S].
+
+    Raises:
+        UserError: arrays that do not fit each other.
     """
+    check(
+        "relative_attention",
+        **{"q": (q, "B T N H"), "k": (k, "B S N H"), "v": (v, "B S N H"), "r": (r, "S N H")},
+        **{"r_w_bias": (r_w_bias, "N H"), "r_r_bias": (r_r_bias, "N H")},
+        length=(length, "B", jnp.integer),
+    )
+    _check_last("relative_attention", q, k)
     n_query, n_slot = q.shape[1], k.shape[1]
     n_memory = n_slot - n_query
     query = n_memory + jnp.arange(n_query)[:, None]
@@ -144,6 +159,14 @@ def rows_per_block(n_batch: int, fitting: int) -> int:
     """The largest divisor of the batch up to `fitting`; not, say, 97 blocks of one row."""
     divisor = max((n for n in range(1, min(fitting, n_batch) + 1) if n_batch % n == 0), default=0)
     return divisor if 4 * divisor >= min(fitting, n_batch) else n_batch
+
+
+def _check_last(of, q, k):
+    if q.shape[1] > k.shape[1]:
+        raise UserError(
+            f"{of}: q of shape {q.shape} has more tokens than k of shape {k.shape}: the queries "
+            "are those of the last tokens."
+        )
 
 
 def _accumulator(x):

@@ -11,7 +11,14 @@ from fwm.reporting.figures import draw_learning_curves
 from fwm.reporting.sinks import LOG, log_rows
 
 # What decides whether a run is one that the paper reports.
-DECIDING = ("data.name", "model.", "train.tgt_len", "train.carry_over_fast_weight")
+DECIDING = (
+    "data.name",
+    "data.file",
+    "data.tokenizer",
+    "model.",
+    "train.tgt_len",
+    "train.carry_over_fast_weight",
+)
 
 
 def compare(
@@ -33,8 +40,7 @@ def compare(
       texts: of a run, by split, its text with its `digest`; a result on another is not shown.
 
     Raises:
-      UserError: a workdir has no train_log.csv, a result file is malformed, or the figure cannot
-        be written.
+      UserError: a workdir has no train_log.csv, or a result file is malformed.
     """
     table = [["run", "steps", "valid perplexity", "test perplexity", "paper (valid / test)"]]
     for workdir in workdirs:
@@ -43,27 +49,34 @@ def compare(
         steps = max((int(row["step"]) for row in log_rows(workdir / LOG)), default=0)
         settings = trained.get(workdir, {})
         now = (steps, settings, texts.get(workdir, {}))
-        valid, test = (_exact_perplexity(workdir, split, *now) for split in ("valid", "test"))
+        valid, test = (exact_perplexity(workdir, split, *now) for split in ("valid", "test"))
         table.append([str(workdir), str(steps), valid, test, paper.get(workdir, "-")])
     try:
         draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
+        figure = f"Learning curves: {out}"
     except OSError as error:
-        raise UserError(f"the figure {out} cannot be written: {error}.") from error
+        figure = f"Warning: the figure {out} cannot be written ({error.strerror})."
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table
-    )
+    ]
+    return "\n".join([*lines, figure])
 
 
-def _exact_perplexity(
+def exact_perplexity(
     workdir: Path,
     split: str,
     steps: int,
     trained: Mapping[str, Any],
     texts: Mapping[str, Mapping[str, Any]],
 ) -> str:
+    """What `split`_results.json says of a run of `steps` steps, with notes as `compare` has; or -.
+
+    Raises:
+      UserError: the file is malformed.
+    """
     path = workdir / f"{split}_results.json"
     if not path.exists():
         return "-"
@@ -87,6 +100,10 @@ def _exact_perplexity(
     for name, setting in theirs.items():
         if name in result and result[name] != trained.get(setting, result[name]):
             notes.append(f"{name} {result[name]}")
+    # Perplexities of words and of other tokens are not comparable; those per word are.
+    per_word = result.get("perplexity_per_word")
+    if isinstance(per_word, int | float) and per_word != result["perplexity"]:
+        notes.append(f"per word {per_word:.3f}")
     step = result.get("checkpoint_step", steps)
     if step != steps:
         notes.append(f"checkpoint of step {step} of {steps}")

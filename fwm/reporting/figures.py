@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from fwm.files import replacing
 from fwm.reporting.sinks import log_rows
 
 
@@ -28,6 +29,5 @@ def draw_learning_curves(logs: Mapping[str, Path], out: Path) -> None:
         axes.legend()
     axes.grid(True, which="both", alpha=0.3)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".tmp")
-    figure.savefig(partial, format=out.suffix[1:] or "png", dpi=120)
-    partial.replace(out)
+    with replacing(out) as partial:
+        figure.savefig(partial, format=out.suffix[1:] or "png", dpi=120)

@@ -17,18 +17,21 @@ from typing import Any
 
 import jax
 from clu import parameter_overview
+from tqdm import tqdm
 
-from fwm.perplexity import perplexity
+from fwm.perplexity import in_words, perplexity
 from fwm.reporting.figures import draw_learning_curves
 from fwm.reporting.sinks import LOG, CsvLog, Row, Sink, TensorBoard, WandB
+from fwm.terminal import attempt, is_colored, is_live
 
 CURVE = "learning_curve.png"
 REDRAW_SECONDS = 0.2  # between two states of the live line
-ERASE = "\r\x1b[K"
 
 
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
+class _LiveLine(tqdm):
+    """tqdm's bar, drawn when the loop says so: without a thread that does."""
+
+    monitor_interval = 0
 
 
 class Reporter:
@@ -41,8 +44,9 @@ class Reporter:
       start_step: the step of the checkpoint that this run goes on from; later rows of
         train_log.csv come from work that was lost, and are dropped.
       use_wandb: log to Weights & Biases too, under `project_name` and `job_name`.
+      unit: of the task; the lines of `character` have bits per character.
       stream: text stream (None: standard output); each report is one plain line unless it is a
-        terminal.
+        terminal, which has one live line, and a bold one for a validation unless NO_COLOR is set.
       active: False makes every method do nothing.
 
     Raises:
@@ -59,6 +63,7 @@ class Reporter:
         use_wandb: bool = False,
         project_name: str = "",
         job_name: str = "",
+        unit: str = "",
         stream: Any = None,
         active: bool = True,
     ) -> None:
@@ -67,8 +72,9 @@ class Reporter:
             return
         self._workdir = workdir
         self._stream = sys.stdout if stream is None else stream
-        self._live = self._stream.isatty()
-        self._progress = ""
+        self._terminal, self._bold = is_live(self._stream), is_colored(self._stream)
+        self._live: _LiveLine | None = None
+        self._unit = unit
         self._drawn = -math.inf
         self._total_steps = total_steps
         self._started = time.monotonic()
@@ -108,7 +114,7 @@ class Reporter:
         self, step: int, loss: float, *, tokens_per_second: float, seconds_left: float | None
     ) -> None:
         """Move a terminal's live line on, between two reports; elsewhere nothing."""
-        if self._active and self._live and time.monotonic() - self._drawn > REDRAW_SECONDS:
+        if self._active and self._terminal and time.monotonic() - self._drawn > REDRAW_SECONDS:
             self._show_progress(step, loss, tokens_per_second, seconds_left)
 
     def valid(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
@@ -122,61 +128,55 @@ class Reporter:
         others = "".join(f"{k} {v:.4f}  " for k, v in scalars.items() if k != "loss")
         line = (
             f">>> validation at step {step}: loss {values['loss']:.4f}  "
-            f"perplexity {_short(values['perplexity'])}  {others}({seconds:.1f} s)"
+            f"{in_words(values['loss'], self._unit)}  {others}({seconds:.1f} s)"
         )
-        self.message(f"\x1b[1m{line}\x1b[0m" if self._live else line)
+        self.message(f"\x1b[1m{line}\x1b[0m" if self._bold else line)
         self._record(step, "valid", values, seconds)
         with self._never_fatal(CURVE):
             draw_learning_curves({"": self._workdir / LOG}, self._workdir / CURVE)
 
     def message(self, text: str) -> None:
-        """Print lines of text without breaking the progress line."""
-        if self._active and self._progress:
-            self._print(f"{ERASE}{text}\n{self._progress}")
-        elif self._active:
-            self._print(f"{text}\n")
+        """Print lines of text, above the live line if there is one."""
+        if self._active:
+            attempt(self._stream, lambda: _LiveLine.write(text, self._stream))
 
     def close(self) -> None:
-        """Erase the progress line; close every sink."""
+        """Erase the live line; close every sink."""
         if not self._active:
             return
-        if self._progress:
-            # What comes now says where the run stands.
-            self._print(ERASE)
-            self._progress = ""
+        self._erase()  # What comes now says where the run stands.
         self._to_sinks(lambda sink: sink.close())
         self._active = False
 
     def _show_progress(
         self, step: int, loss: float, tokens_per_second: float, seconds_left: float | None
     ) -> None:
-        value = _short(perplexity(loss))
-        line = f"step {step}/{self._total_steps}  loss {loss:.4f}  perplexity {value}"
+        line = f"step {step}/{self._total_steps}  loss {loss:.4f}  {in_words(loss, self._unit)}"
         if tokens_per_second:  # Unknown after the first step, which compiles.
             line += f"  {tokens_per_second:,.0f} tokens/s"
         if seconds_left is not None:
             line += f"  {datetime.timedelta(seconds=round(seconds_left))} left"
-        erase = ERASE if self._live else ""
-        if self._live and step < self._total_steps:
-            # A line that wraps could not be overwritten.
-            self._progress = line[: shutil.get_terminal_size().columns - 1]
-            self._print(erase + self._progress)
+        if self._terminal and step < self._total_steps:
+            attempt(self._stream, lambda: self._draw(step, line))
         else:
-            self._progress = ""
-            self._print(f"{erase}{line}\n")
+            self._erase()
+            self.message(line)
         self._drawn = time.monotonic()
 
-    def _print(self, text: str) -> None:
-        """To the terminal, which may be a pipe that nobody reads or a file on a full disk."""
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError as error:
-            if "terminal" not in self._warned:
-                self._warned.add("terminal")
-                with contextlib.suppress(OSError):
-                    line = f"Warning: nothing more can be printed ({error}); training goes on."
-                    print(line, file=sys.stderr, flush=True)
+    def _draw(self, step: int, line: str) -> None:
+        columns = shutil.get_terminal_size().columns - 1  # now: a window's width changes
+        if self._live is None:
+            self._live = _LiveLine(
+                desc=line, initial=step, total=self._total_steps, file=self._stream, leave=False,
+                ncols=columns, bar_format="{desc} {bar:10}",
+            )  # fmt: skip
+        self._live.n, self._live.ncols = step, columns
+        self._live.set_description_str(line)
+
+    def _erase(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            attempt(self._stream, live.close)
 
     def _record(self, step: int, split: str, values: Mapping[str, float], seconds: float) -> None:
         row = Row(step, split, {name: float(value) for name, value in values.items()}, seconds)

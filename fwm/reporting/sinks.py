@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
 from fwm.errors import UserError
-from fwm.files import flatten, read_json, write_json
+from fwm.files import flatten, read_json, write_json, write_text
 
 LOG = "train_log.csv"
 WANDB_ID = "wandb_id.json"
@@ -102,10 +102,8 @@ class CsvLog(Sink):
         # Later rows win, should a step stand there twice.
         kept = {(row["step"], row["split"]): row for row in rows if int(row["step"]) <= start}
         text = _csv_text(list(kept.values()), header=True)
-        partial = path.with_name(path.name + ".tmp")
         try:
-            partial.write_text(text, encoding="utf-8", newline="")
-            partial.replace(path)
+            write_text(path, text)
         except OSError:
             self._unwritten = text
             path.unlink(missing_ok=True)  # All of its rows are in `text`.

@@ -20,11 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from fwm.errors import UserError
-from fwm.files import lock_workdir
+from fwm.files import lock_workdir, write_text
+from fwm.limits import RATE, SEED, TEXT, Kind, one_of, several, whole
 from fwm.retrieval import report
 from fwm.retrieval.model import EVAL_INTERVAL, SETTINGS, Model, adam, init, train_and_evaluate
+from fwm.terminal import say
 
 LOG = "evaluations.csv"
+SAID_EVERY = 10.0  # seconds, within a run
 
 
 class Row(NamedTuple):
@@ -46,6 +49,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> int:
     Raises:
         UserError: an option that has no meaning, a workdir in use.
     """
+    config = dict(config)
     _check(config)
     with lock_workdir(workdir):
         _run(config, workdir)
@@ -67,7 +71,7 @@ def _run(config, workdir):
     # The longest first, so that no worker is left with it at the end; but rule fwm, which takes
     # longer than everything else together, after the rest.
     jobs.sort(key=lambda job: (job[0].endswith("_fwm"), -job[1]))
-    train = functools.partial(_train, dict(config), workdir / LOG)
+    train = functools.partial(_train, config, workdir / LOG)
     if config["workers"] == 1:
         for job in jobs:
             train(job)
@@ -85,39 +89,52 @@ def _run(config, workdir):
                 for worker in multiprocessing.active_children():
                     worker.terminate()
                 raise
-    print(report.write(summary(read_log(workdir / LOG)), workdir), flush=True)
+    results = summary(read_log(workdir / LOG))
+    say(report.text(results))  # Before it is written, which may fail.
+    report.write(results, workdir)
+
+
+def _different(kind: Kind, which: str) -> Kind:
+    return Kind(
+        f"a tuple of different {which}, at least one",
+        lambda x: several(kind, which).fits(x) and len(x) == len(set(x)) > 0,
+    )
+
+
+LIMITS = {
+    "setting": one_of(SETTINGS),
+    "models": _different(TEXT, "names"),
+    "sizes": _different(whole(2), "whole numbers from 2 on"),
+    "seeds": _different(SEED, "whole numbers from 0 to 2**32 - 1"),
+    "batch_size": whole(1),
+    "lr": RATE,
+    "max_step": Kind(
+        f"a multiple of {EVAL_INTERVAL}, the steps between evaluations",
+        lambda x: whole(1).fits(x) and x % EVAL_INTERVAL == 0,
+    ),
+    "workers": whole(1),
+    "registered_in": TEXT,
+}
 
 
 def _check(config):
-    def refuse(field, expected):
-        raise UserError(f"--config.{field}={config[field]!r} has no meaning: expected {expected}.")
-
-    if config["setting"] not in SETTINGS:
-        refuse("setting", f"one of {', '.join(SETTINGS)}")
-    for field, expected, right in (
-        ("models", "names", lambda x: isinstance(x, str)),
-        ("sizes", "whole numbers from 2 on", lambda x: isinstance(x, int) and x >= 2),
-        ("seeds", "whole numbers from 0 on", lambda x: isinstance(x, int) and x >= 0),
-    ):
-        given = config[field]
-        if not given or not all(map(right, given)) or len(set(given)) < len(given):
-            refuse(field, f"a tuple of different {expected}, at least one")
+    for what, keys in (("lacks", LIMITS.keys() - config), ("has unknown", config.keys() - LIMITS)):
+        if keys:
+            raise UserError(
+                f"a config of retrieval {what} {', '.join(sorted(keys))}: begin with get_config of "
+                "configs/retrieval.py and change values."
+            )
+    for key, kind in LIMITS.items():
+        kind.check(f"config.{key}", config[key])
     for name in config["models"]:
         Model.of(name)
-    for field in ("batch_size", "workers"):
-        if config[field] < 1:
-            refuse(field, "1 or more")
-    if config["max_step"] < 1 or config["max_step"] % EVAL_INTERVAL:
-        refuse("max_step", f"a multiple of {EVAL_INTERVAL}, the steps between evaluations")
-    if not 0 < config["lr"] < math.inf:
-        refuse("lr", "a number above 0")
 
 
 def _same_training(config, path):
     """Runs of one workdir are trained alike; the other setting, models and so on may be added."""
     fields = {name: config[name] for name in ("batch_size", "lr", "max_step")}
     if not path.exists():
-        path.write_text(json.dumps(fields), encoding="utf-8")
+        write_text(path, json.dumps(fields))
     elif (saved := path.read_text(encoding="utf-8")) != json.dumps(fields):
         raise UserError(
             f"{path.parent} holds runs with {saved}, not {json.dumps(fields)}: give another "
@@ -159,6 +176,7 @@ def _train(config, log, job):
         params = init(init_key, model, size)
         state = (jnp.int32(0), params, adam(lr).init(params))
         rows: list[Row] = []
+        said = started
         while not _stopped(rows, config["max_step"]):
             state, train_loss, eval_loss = train_and_evaluate(
                 model, config["setting"], size, n_batch, lr, state, key
@@ -169,8 +187,14 @@ def _train(config, log, job):
             rows.append(Row(*run, step, float(train_loss), float(eval_loss), seconds))
             with log.open("a", encoding="utf-8", newline="") as file:
                 file.write(_csv(rows[-1:]))  # in one piece: other processes write here, too
+            if time.perf_counter() - said >= SAID_EVERY:
+                said = time.perf_counter()
+                say(
+                    f"{name} S={size} seed {seed}: step {step} of at most {config['max_step']}, "
+                    f"loss {eval_loss:.4f}, best {_best(rows):.4f}, {seconds:.0f} s"
+                )
         result = f"{_best(rows):.4f}, stopped at step {step} after {seconds:.0f} s"
-        print(f"{name} S={size} seed {seed}: {result}", flush=True)
+        say(f"{name} S={size} seed {seed}: {result}")
 
 
 def _best(rows):
@@ -233,6 +257,4 @@ def _csv(rows):
 
 
 def _write(path, rows):
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(_csv([Row._fields, *rows]), encoding="utf-8", newline="")
-    partial.replace(path)
+    write_text(path, _csv([Row._fields, *rows]))

@@ -300,7 +300,7 @@ def _half_square(answers, batch, size):
 
 def adam(lr: float) -> optax.GradientTransformation:
     """The optimizer: Adam at a constant rate."""
-    return optimizer.adam(optimizer.constant(lr, 0, 0), clip=0.0)
+    return optimizer.adam(optimizer.constant(lr, 0, 1), clip=0.0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(5,))

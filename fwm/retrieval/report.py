@@ -1,10 +1,13 @@
 """Figure and table of the retrieval experiments, beside the published results."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fwm.files import replacing, write_text
 
 SIZES = {"capacity": (40, 100, 160, 200, 300, 500), "update_rule": (40, 100, 160, 200)}
 # The best evaluation loss at each of SIZES, one seed (ischlag/fast-weight-transformers).
@@ -53,14 +56,19 @@ def read(path: Path) -> list[Result]:
     return [Result(*(kind(cell) for kind, cell in zip(kinds, row, strict=True))) for row in rows]
 
 
-def write(results: Sequence[Result], workdir: Path) -> str:
-    """Write results.csv, results.md and results.png; returns the table, in markdown."""
-    with (workdir / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([Result._fields, *sorted(results)])
-    text = table(results) + "\n\n" + capacities(results)
-    (workdir / "results.md").write_text(text + "\n", encoding="utf-8")
-    draw(results).savefig(workdir / "results.png", format="png", dpi=100)
-    return text
+def write(results: Sequence[Result], workdir: Path) -> None:
+    """Write results.csv, results.md and results.png."""
+    rows = io.StringIO(newline="")
+    csv.writer(rows, lineterminator="\n").writerows([Result._fields, *sorted(results)])
+    write_text(workdir / "results.csv", rows.getvalue())
+    write_text(workdir / "results.md", text(results) + "\n")
+    with replacing(workdir / "results.png") as partial:
+        draw(results).savefig(partial, format="png", dpi=100)
+
+
+def text(results: Sequence[Result]) -> str:
+    """Both tables, in markdown."""
+    return table(results) + "\n\n" + capacities(results)
 
 
 def _losses(results):
@@ -86,7 +94,7 @@ def agrees(loss: float, published: float) -> bool:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Mean and range over the seeds at the published sizes, beside the published loss."""
+    """Mean and range over the seeds at every size, beside the published loss where there is one."""
     lines = [
         "| setting | model | S | seeds | mean | range | published | agrees |",
         "|---|---|---|---|---|---|---|---|",
@@ -94,15 +102,17 @@ def table(results: Sequence[Result]) -> str:
     for setting, by_model in _losses(results).items():
         for model, by_size in by_model.items():
             published = _published(setting, model)
-            for size in (size for size in by_size if size in published):
-                losses, paper = by_size[size], published[size]
+            for size, losses in by_size.items():
+                paper = published.get(size)
                 mean = sum(losses) / len(losses)
                 spread = f"{min(losses):.4f}-{max(losses):.4f}" if len(losses) > 1 else "-"
-                verdict = "yes" if agrees(mean, paper) else "**no**"
-                # Official code divides 0 by 0 where our keys of sum zero write nothing.
-                verdict = "-" if math.isnan(paper) else verdict
                 cells = [setting, model, size, len(losses), f"{mean:.4f}", spread]
-                cells += [f"{paper:.4f}", verdict]
+                if paper is None:
+                    cells += ["-", "-"]
+                elif math.isnan(paper):  # It divides 0 by 0 where our keys of sum zero write none.
+                    cells += ["nan", "-"]
+                else:
+                    cells += [f"{paper:.4f}", "yes" if agrees(mean, paper) else "**no**"]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

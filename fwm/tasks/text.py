@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fwm import data
+from fwm.errors import UserError
 from fwm.model import LanguageModel
 from fwm.score import CarryOver, SlidingWindow
 from fwm.step import Batch
@@ -27,6 +28,12 @@ class Text(Task):
         self.vocab, self.unit = self.corpus.vocab, self.corpus.unit
         self.warnings, self.texts = self.corpus.warnings, self.corpus.texts
         self.size = len(self.corpus.streams["train"]) if "train" in splits else 0
+        for split in set(splits) - {"train"}:
+            if len(self.corpus.streams[split]) < 2:
+                raise UserError(
+                    f"the {split} split of {self.corpus.name} is a single {self.unit}, which "
+                    "nothing stands before: give it more."
+                )
 
     def summary(self) -> str:
         """Name, lengths and vocabulary of the text."""

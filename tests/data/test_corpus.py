@@ -183,6 +183,17 @@ def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
         load(tmp_path, dir=folder(tmp_path / "text", "a b\n".encode("utf-16")))
 
 
+@pytest.mark.parametrize("tokenizer", ["words", "characters"])
+def test_utf_16_without_a_mark_is_refused_and_a_stray_nul_is_read(tmp_path, tokenizer):
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le"):
+        dir = folder(tmp_path / encoding, ("the cat sat\n" * 9).encode(encoding))
+        with pytest.raises(UserError, match=r"train\.txt is not UTF-8 text: it has NUL every few"):
+            load(tmp_path, dir=dir, tokenizer=tokenizer)
+    if tokenizer == "words":
+        found = load(tmp_path, dir=folder(tmp_path / "stray", "the c\0t sat on it\n"))
+        assert "c\0t" in found.vocab.symbols
+
+
 @pytest.mark.parametrize(
     ("text", "warned"),
     [
@@ -268,7 +279,7 @@ def test_given_vocabulary(tmp_path):
 
 def test_given_vocabulary_equal_to_the_own_one_reuses_the_streams(tmp_path, monkeypatch):
     own = load(tmp_path, dir=folder(tmp_path / "text"))
-    monkeypatch.setattr(corpus, "_prepare", None)
+    monkeypatch.setattr(corpus, "_prepare", lambda *_, **__: pytest.fail("prepared again"))
     again = load(tmp_path, vocab=own.vocab, splits=("train", "valid"))
     np.testing.assert_array_equal(again.streams["train"], own.streams["train"])
 

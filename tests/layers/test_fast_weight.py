@@ -18,7 +18,7 @@ B, T, D, SPLIT = 2, 9, 8, 2  # the first part is shorter than a convolution
 def layer(variant, **changes):
     fields = importlib.import_module(f"configs.{variant}").get_config().model.to_dict()
     fields |= {"d_model": D, "n_head": 2, "d_head": 4} | changes
-    return build_config(fields, 9).make_mixer()
+    return build_config(fields, 9).make_mixers()[0]
 
 
 @pytest.mark.parametrize("variant", WIDER)

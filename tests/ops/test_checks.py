@@ -1,21 +1,25 @@
 """What does not fit is refused at the door, in a sentence that names both shapes."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from conftest import float32, make_inputs
 
-from fwm import ops
+from fwm import layers, ops
 from fwm.errors import UserError
-from fwm.model import LanguageModel, ModelConfig
+from fwm.layers.parts import FeedForward
+from fwm.model import LanguageModel, ModelConfig, empty_memory
 from fwm.ops import chunks
 from fwm.ops.adaptive_softmax import Cluster, nll, take
 from fwm.ops.checks import checked_ids, nan_where_invalid
 from fwm.ops.feed_forward import feed_forward
+from fwm.ops.softmax import causal_attention, relative_attention
 
 pytestmark = pytest.mark.quick  # see .ci/run
 
@@ -108,6 +112,74 @@ def test_an_id_that_only_a_device_knows_makes_nan():
     np.testing.assert_array_equal(np.isnan(found[0, :, 0]), [False, True, True, False])
 
 
+@pytest.fixture
+def undecorated():
+    """Users have only these doors, not the decorators that tests put on every signature."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+LAYERS = {
+    "FastWeightAttention": layers.FastWeightAttention(n_head=2, d_head=4),
+    "SoftmaxAttention": layers.SoftmaxAttention(n_head=2, d_head=4),
+    "RelativeAttention": layers.RelativeAttention(n_head=2, d_head=4),
+    "FeedForward": FeedForward(d_inner=8),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_by_themselves(name, undecorated):
+    x = jnp.ones((2, 5, 8))
+    for wrong in (x[0], x[:, :0], x.astype(int), [1.0]):
+        with pytest.raises(UserError, match=f"{name}: .*x "):
+            LAYERS[name].init(jax.random.key(0), wrong)
+
+
+def test_vocabularies_by_themselves(undecorated):
+    sizes = dict(n_token=6, d_embed=4, d_model=4, cutoffs=(3,))
+    embedding = layers.AdaptiveEmbedding(**sizes)
+    ids = jnp.array([[1, 6, -1, 5]])
+    variables = embedding.init(jax.random.key(0), ids)
+    x = embedding.apply(variables, ids)
+    np.testing.assert_array_equal(np.isnan(x[0, :, 0]), [False, True, True, False])
+    with pytest.raises(UserError, match="AdaptiveEmbedding: tokens must be an integer array"):
+        embedding.apply(variables, ids / 2)
+    softmax = layers.AdaptiveSoftmax(**sizes, tie_weight=False, tie_projs=(False, True))
+    x = jnp.ones((1, 4, 4))
+    nll, variables = softmax.init_with_output(jax.random.key(0), x, ids)
+    np.testing.assert_array_equal(np.isnan(nll[0]), [False, True, True, False])
+    with pytest.raises(UserError, match=r"targets of shape .1, 3. does not fit hidden of shape"):
+        softmax.apply(variables, x, ids[:, :3])
+
+
+def test_softmax_attention(undecorated):
+    q, r, bias = jnp.ones((2, 5, 2, 3)), jnp.ones((5, 2, 3)), jnp.ones((2, 3))
+    relative = partial(relative_attention, mem_len=0, scale=1.0, length=jnp.array([0, 0]))
+    with pytest.raises(UserError, match=r"causal_attention: q of shape .* more tokens than k"):
+        causal_attention(q, q[:, :3], q[:, :3], scale=1.0)
+    with pytest.raises(UserError, match=r"relative_attention: q of shape .* more tokens than k"):
+        relative(q, q[:, :3], q[:, :3], r[:3], bias, bias)
+    with pytest.raises(UserError, match=r"relative_attention: r of .* does not fit k of"):
+        relative(q, q, q, r[:3], bias, bias)
+    with pytest.raises(UserError, match=r"causal_attention: v of shape .* does not fit"):
+        causal_attention(q, q, q[:1], scale=1.0)
+
+
+@pytest.mark.parametrize("mixer", ["fast_weight", "softmax", "transformer_xl"])
+def test_the_memory_of_another_model(mixer):
+    sizes = dict(d_model=8, n_head=2, d_head=4, d_inner=8, n_layer=2)
+    config = ModelConfig(n_token=9, mixer=mixer, **sizes)
+    model, ids = LanguageModel(config), jnp.array([[1, 2], [3, 4]])
+    variables = jax.eval_shape(model.init, jax.random.key(0), ids, ids)
+    call = lambda memory: jax.eval_shape(model.apply, variables, ids, ids, memory)
+    other_rows = empty_memory(config, 3)
+    for wrong in (jnp.ones(3), {"a": jnp.ones(3)}, (jnp.ones(3),) * 2, other_rows or jnp.ones(2)):
+        with pytest.raises(UserError, match="the memory must be None or what a call with 2 rows"):
+            call(wrong)
+    call(empty_memory(config, 2))
+
+
 def test_export_with_symbolic_sizes_is_refused_in_a_sentence():
     batch = jax.export.symbolic_shape("b, 6, 2, 3")
     function = jax.jit(lambda x: DELTA["chunked"](x, x, x, x[..., 0])[0])
@@ -130,12 +202,25 @@ def test_sums_over_many_tokens_in_16_bits(dtype):
     np.testing.assert_allclose(np.asarray(ops.sum_normalize(large), np.float64), 0.25, rtol=1e-2)
 
 
+def decayed_delta_rule(q, k, v, beta, weights):
+    """Two writes a token, and a decay of its own for every feature."""
+    return ops.delta_rule(q[:, ::2], k, v, beta, weights, log_decay=-q[:, ::2])
+
+
 @pytest.mark.parametrize(
-    "rule", [ops.delta_rule, ops.recurrent.delta_rule], ids=["chunks", "tokens"]
+    ("rule", "platform"),
+    [
+        (ops.delta_rule, "cpu"),
+        (ops.delta_rule, "gpu"),
+        (ops.recurrent.delta_rule, "cpu"),
+        (decayed_delta_rule, "cpu"),
+    ],
+    ids=["chunks", "whole", "tokens", "decay"],
 )
-def test_shard_map_with_its_default_checks(rule):
+def test_shard_map_with_its_default_checks(rule, platform, monkeypatch):
     """Rows on two devices, the state on both: values and gradients as on one."""
-    tokens = float32(make_inputs("simplex", 2, 5, 2, 64, 3))[:4]
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    tokens = float32(make_inputs("simplex", 2, 6, 2, 64, 3))[:4]
     state = jnp.ones((1, 2, 64, 3))
 
     def gradients(rows, *arguments):
@@ -163,8 +248,10 @@ def test_shard_map_with_its_default_checks(rule):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_shard_map_of_a_model_without_and_with_rows():
-    """Parameters in bfloat16 too: every gradient has its parameter's dtype."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_shard_map_of_a_model_without_and_with_rows(platform, monkeypatch):
+    """With the forms of either platform."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     sizes = dict(d_model=8, n_head=2, d_head=4, d_inner=8, n_layer=2, cutoffs=(4,))
     model = LanguageModel(ModelConfig(n_token=9, no_pos=True, **sizes))
     ids = jnp.array([[1, 2, 8], [3, 7, 2]])
@@ -183,7 +270,51 @@ def test_shard_map_of_a_model_without_and_with_rows():
         np.testing.assert_array_equal(leaf, 0.0)
 
 
-def test_gradients_of_bfloat16_parameters():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_second_derivatives_of_a_model(platform, monkeypatch):
+    """Forward over reverse, against differences of gradients; plain forward mode is refused."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    sizes = dict(d_model=8, n_head=2, d_head=4, d_inner=8, n_layer=2, cutoffs=(4,))
+    model = LanguageModel(ModelConfig(n_token=9, feature_map="elu", **sizes))
+    ids = jnp.array([[1, 2, 8], [3, 7, 2]])
+    variables = jax.jit(model.init)(jax.random.key(0), ids, ids)
+    variables = jax.tree.map(lambda x: 5 * x, variables)  # from where it is nearly linear
+    loss = lambda v: jnp.sum(model.apply(v, ids, ids)[0])
+    direction = jax.tree.map(jnp.cos, variables)
+    move = lambda step: jax.tree.map(lambda v, d: v + step * d, variables, direction)
+
+    @jax.jit
+    def both(variables):
+        return jax.jvp(jax.grad(loss), (variables,), (direction,))
+
+    found = jnp.concatenate([x.ravel() for x in jax.tree.leaves(both(variables)[1])])
+    low, high = (
+        jnp.concatenate([x.ravel() for x in jax.tree.leaves(both(move(step))[0])])
+        for step in (-1e-3, 1e-3)
+    )
+    expected = (high - low) / 2e-3
+    assert jnp.linalg.norm(found - expected) < 1e-2 * jnp.linalg.norm(expected)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss, (variables,), (direction,))
+
+
+@pytest.mark.parametrize(
+    ("rule", "platform"), [("sum_rule", "cpu"), ("delta_rule", "cpu"), ("delta_rule", "gpu")]
+)
+def test_forward_mode_names_what_has_it(rule, platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    q, k, v, beta, weights = float32(make_inputs("simplex", 1, 3, 1, 40, 2))
+    arrays = (q, k, v, beta, weights) if rule == "delta_rule" else (q, k, v, weights)
+    with pytest.raises(TypeError, match="forward-mode") as raised:
+        jax.jvp(getattr(ops, rule), arrays, arrays)
+    assert chunks.FORWARD_MODE in raised.value.__notes__
+    tangent = jax.jvp(getattr(ops.recurrent, rule), arrays, arrays)[1]
+    assert jnp.isfinite(tangent[0]).all()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_gradients_of_bfloat16_parameters(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = jnp.ones((3000, 4), jnp.float32)
     half = lambda *shape: jnp.full(shape, 0.5, jnp.bfloat16)
     d_bias = jax.grad(

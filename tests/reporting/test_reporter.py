@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -124,45 +125,89 @@ def test_plain_lines_when_not_on_a_terminal(tmp_path):
     ]
 
 
+def screen(text, columns=200):
+    """The lines that a terminal shows after `text`, none of which may be wider than it is."""
+    lines, at = [""], 0
+    for part in re.split("([\r\n])", re.sub("\x1b\\[[0-9]+m", "", text)):
+        if part == "\n":
+            lines.append("")
+        if part in ("\r", "\n"):
+            at = 0
+            continue
+        assert at + len(part) <= columns, part
+        lines[-1] = lines[-1][:at].ljust(at) + part + lines[-1][at + len(part) :]
+        at += len(part)
+    return [line.rstrip() for line in lines]
+
+
 def test_one_live_line_on_a_terminal(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
+    shown = lambda: [line.replace("\u2588", "#") for line in screen(stream.getvalue())]
     with make(tmp_path, stream) as reporter:
         run(reporter, [9])
+        live = "step 9/30  loss 0.5556  perplexity 1.74  1,234 tokens/s  1:01:01 left ###"
+        assert shown() == [live]
         reporter.message("between")
+        assert shown() == ["between", live]
         run(reporter, [10])
+        said = ["between", ">>> validation at step 10: loss 0.6000  perplexity 1.82  (1.2 s)"]
+        assert shown()[:-1] == said
+        assert shown()[-1].startswith("step 10/30  loss 0.5000")
         text = stream.getvalue()
+        assert f"\x1b[1m{said[1]}\x1b[0m" in text
         monkeypatch.setattr(reporter_room, "REDRAW_SECONDS", 60.0)
         reporter.progress(19, 0.5, tokens_per_second=0.0, seconds_left=None)
         assert stream.getvalue() == text  # No faster than it can be read.
         monkeypatch.setattr(reporter_room, "REDRAW_SECONDS", 0.0)
         reporter.progress(20, 0.5, tokens_per_second=0.0, seconds_left=None)
-        assert stream.getvalue() == text + "\r\x1b[Kstep 20/30  loss 0.5000  perplexity 1.65"
+        assert shown()[-1].startswith("step 20/30  loss 0.5000  perplexity 1.65 ####")
+        # The last step is no progress any more.
         run(reporter, [30])
         reporter.message("done")
-    text = stream.getvalue()
-    progress = "\r\x1b[Kstep 9/30  loss 0.5556  perplexity 1.74  1,234 tokens/s  1:"
-    assert text.startswith(progress + "\r\x1b[Kbetween\nstep 9/30")
-    assert "\x1b[1m>>> validation at step 10" in text
-    # The last step is no progress any more.
-    first, second, third = text.splitlines()[-3:]
-    assert first.split("\x1b[K")[-1].startswith("step 30/30  loss 0.1667")
-    assert second.startswith("\x1b[1m>>> validation at step 30")
-    assert (third, text[-1]) == ("done", "\n")
-    for line in text.replace("\n", "\r").split("\r"):
-        visible = line.replace("\x1b[K", "").replace("\x1b[1m", "").replace("\x1b[0m", "")
-        assert len(visible) < 60 or visible.startswith((">>>", "step 30/30"))
+    last = "step 30/30  loss 0.1667  perplexity 1.18  1,234 tokens/s  1:01:01 left"
+    valid = ">>> validation at step 30: loss 0.2000  perplexity 1.22  (1.2 s)"
+    assert shown() == [*said, last, valid, "done", ""]
+
+
+@pytest.mark.parametrize("columns", [12, 30, 60])
+def test_a_live_line_in_a_narrow_window(tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    with make(tmp_path, stream) as reporter:
+        for step in (1, 2, 3):
+            run(reporter, [step])
+        (line,) = screen(stream.getvalue(), columns)
+        whole = "step 3/30  loss 1.6667  perplexity 5.29  1,234 tokens/s  1:01:01 left"
+        assert whole.startswith(line)
+        assert len(line) > columns - 4
 
 
 def test_nothing_of_a_live_line_remains(tmp_path):
-    for stream, end in (Terminal(), "\r\x1b[K"), (io.StringIO(), " left\n"):
+    for stream, left in (Terminal(), ""), (io.StringIO(), "1:01:01 left"):
         with make(tmp_path, stream) as reporter:
             run(reporter, [9])
             lines = stream.getvalue()
             if not stream.isatty():
                 reporter.progress(10, 0.5, tokens_per_second=1.0, seconds_left=1.0)
                 assert stream.getvalue() == lines
-        assert stream.getvalue().endswith(end)
+        assert "".join(screen(stream.getvalue())).endswith(left)
+        assert bool(left) or screen(stream.getvalue()) == [""]
+
+
+def test_no_colour_and_bits_per_character(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    with make(tmp_path, stream, unit="character") as reporter:
+        run(reporter, [10])
+        text = stream.getvalue()
+    assert "\x1b" not in text
+    assert "\r" not in text
+    step, valid = text.splitlines()
+    assert step.startswith("step 10/30  loss 0.5000  perplexity 1.65  0.7213 bits/character  1,234")
+    assert valid.startswith(
+        ">>> validation at step 10: loss 0.6000  perplexity 1.82  0.8656 bits/ch"
+    )
 
 
 def test_an_inactive_reporter_does_nothing(tmp_path):
@@ -245,7 +290,7 @@ def test_a_terminal_that_fails_costs_a_warning(tmp_path, capsys):
     assert [(row["step"], row["split"]) for row in rows(tmp_path)] == [
         ("1", "train"), ("10", "train"), ("10", "valid")
     ]  # fmt: skip
-    expected = "Warning: nothing more can be printed ([Errno 32] Broken pipe); training goes on.\n"
+    expected = "Warning: nothing more can be printed ([Errno 32] Broken pipe); the run goes on.\n"
     assert capsys.readouterr().err == expected
 
 

@@ -126,6 +126,7 @@ def test_real_wandb_offline(train, tmp_path, monkeypatch):
         # All settings, as they are in config.json.
         settings = {item.key: json.loads(item.value_json) for item in run.config.update}
         saved = json.loads((workdir / "config.json").read_text())
+        del saved["written_by"]  # no setting
         assert settings == saved | {"_wandb": settings["_wandb"]}
         # All numbers, as they are in train_log.csv.
         logged = {
