@@ -7,6 +7,7 @@ python main.py --mode=valid --workdir=runs/a           exact perplexity, validat
 python main.py --mode=eval  --workdir=runs/a           the same, test split; or valid,eval
 python main.py --mode=generate --workdir=runs/a --prompt="The history of"      what it writes
 python main.py --mode=compare --workdir=runs/a,runs/b  curves in one figure, results in a table
+python main.py --mode=report --workdir=runs/a,runs/b   one page about runs, finished or not
 python main.py --mode=import --official=lm/model.pt --workdir=runs/official    a model of lmtool-fwp
 python main.py --mode=export --official=lm/model.pt --workdir=runs/a           and the way back
 python main.py --mode=retrieval --config=configs/retrieval.py:capacity    synthetic experiments
@@ -47,6 +48,7 @@ from fwm import (
     config_file,
     evaluate,
     generate,
+    look,
     official,
     parallel,
     registry,
@@ -63,11 +65,14 @@ from fwm.terminal import open_streams, say
 from fwm.workdir import check_holds_run, config_of_run, saved_config, texts_of_run
 
 MODES = [
-    "train", "valid", "eval", "valid,eval", "generate", "compare", "import", "export", "retrieval",
+    "train", "valid", "eval", "valid,eval", "generate", "compare", "report", "import", "export",
+    "retrieval",
 ]  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Directory of the run, by default runs/<job name>; several for compare: a,b."
+    "workdir",
+    "",
+    "Directory of the run, by default runs/<job name>; several for compare and report: a,b.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "What --mode=generate goes on from.")
 OFFICIAL = flags.DEFINE_string("official", "", official.HELP)
@@ -244,6 +249,26 @@ def compare(workdirs: list[Path]) -> int:
     return 0
 
 
+def report(workdirs: list[Path]) -> int:
+    """Write one page about several runs, whatever there is of each."""
+    runs = []
+    for workdir in workdirs:
+        check_holds_run(workdir)
+        settings = saved_config(workdir)
+        paper = reporting.paper_result(settings, published())
+        run = reporting.Run(workdir, settings, paper, texts_of_run(workdir))
+        try:
+            sample, words, memories = look.inside(config_of_run(workdir, {}), workdir)
+            run = run._replace(sample=sample, words=words, memories=memories)
+        except UserError as error:  # No checkpoint yet, or none that this command line can read.
+            run = run._replace(note=str(error))
+        runs.append(run)
+    page = workdirs[0] / "report.html"
+    reporting.write_report(runs, page)
+    say(f"Report: {page}")
+    return 0
+
+
 def dispatch(argv: list[str]) -> int:
     """Run one mode; returns the exit status."""
     try:
@@ -278,10 +303,11 @@ def dispatch(argv: list[str]) -> int:
             note = f"--config is not used: the settings are those of the run in {workdir}."
             say(note, sys.stderr)
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
-        if MODE.value == "compare":
+        if MODE.value in ("compare", "report"):
             if overrides:
-                raise UserError("--mode=compare has no settings: leave --config.... out.")
-            return compare([expanded(name) for name in WORKDIR.value.split(",")])
+                raise UserError(f"--mode={MODE.value} has no settings: leave --config.... out.")
+            several = {"compare": compare, "report": report}[MODE.value]
+            return several([expanded(name) for name in WORKDIR.value.split(",")])
         if MODE.value == "import":
             for key in overrides.keys() & {"data.dir", "data.file"}:
                 overrides[key] = str(expanded(overrides[key]).absolute())

@@ -9,9 +9,10 @@ The step at the paper's batch; an op forward and backward; or 512 windows of the
 `pip install "jax[cuda13]"` (for a V100 `"jax[cuda12]"`), no GPU and no driver. Prints temporary
 memory as the compiler plans it and, from the optimized HLO, kernel launches, bytes moved through
 the device's memory and a modelled time: the sum over launches of max(bytes / (0.8 bandwidth),
-matmul flops / (0.6 peak), 3 us), and 15 us for each iteration of a loop that has to ask the device
-whether to go on. How many those are is not in the program: `--trips 1,2` says so, by how many such
-loops a loop stands in, and without it each counts once.
+matmul flops / (0.6 peak), 3 us), and 15 us for each question to the device: a condition, of which
+the `else` is counted, or an iteration of a loop whose end depends on data. How many of those there
+are is not in the program: `--trips 1,2` says so, by how many such loops a loop stands in, and
+without it each counts once.
 
 A model, not a measurement: operands count whole except where a kernel slices or updates in place,
 integer work is not seen. Only ratios between programs mean much; a GPU has the last word.
@@ -150,8 +151,9 @@ def moved(shapes: dict[str, str], instruction: Instruction) -> int:
 
 
 def cost(program: Program, bandwidth: float, peak: float, trips: tuple[float, ...] = ()) -> dict:
-    """launches, bytes, seconds and data-dependent loops of each part, and of the whole as ""."""
-    zeros = lambda: dict.fromkeys(("launches", "bytes", "seconds", "loops"), 0.0)
+    """launches, bytes, seconds, data-dependent loops and questions by part; of the whole as ""."""
+    names = ("launches", "bytes", "seconds", "loops", "questions")
+    zeros = lambda: dict.fromkeys(names, 0.0)
     by: dict[str, dict[str, float]] = collections.defaultdict(zeros)
 
     def add(part: str, **amounts: float) -> None:
@@ -184,8 +186,12 @@ def cost(program: Program, bandwidth: float, peak: float, trips: tuple[float, ..
                 if called:
                     walk(called[1], times, asking)
             elif op == "conditional":
-                for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
-                    walk(branches.split(",")[0].strip().lstrip("%"), times, asking)
+                add(part, questions=times, seconds=times * ASK)
+                usual = re.search(
+                    r"(?:false_computation=|branch_computations=\{)%?([\w.\-]+)", rest
+                )
+                assert usual, name
+                walk(usual[1], times, asking)
             elif op in LAUNCHED:
                 size = moved(shapes, instruction)
                 flops = matmul_flops(program, computation, instruction)
@@ -331,7 +337,7 @@ def main() -> None:
             f"{name} {a.dtype} on {a.devices} x {a.device}: modelled {1e3 * total['seconds']:.2f} "
             f"ms, {total['launches']:.0f} launches, {total['bytes'] / 1e9:.1f} GB moved, "
             f"{memory.temp_size_in_bytes / 1e9:.2f} GB temporary, "
-            f"{total['loops']:.0f} data-dependent loops",
+            f"{total['loops']:.0f} data-dependent loops, {total['questions']:.0f} questions",
             flush=True,
         )
         for part, c in sorted(by.items(), key=lambda x: -x[1]["seconds"]) if a.by else ():

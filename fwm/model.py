@@ -30,7 +30,7 @@ from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop
 
 __all__ = [
-    "LanguageModel", "ModelConfig", "build_config", "empty_memory", "make_block",
+    "LanguageModel", "ModelConfig", "build_config", "empty_memory", "layer_of", "make_block",
     "redraw_projections",
 ]  # fmt: skip
 
@@ -46,12 +46,33 @@ def make_block(config: ModelConfig, place: int = 0) -> Block:
     return Block(c.make_mixers()[place], c.d_inner, c.dropout, c.norm, c.dtype, parent=None)
 
 
+def layer_of(config: ModelConfig, variables: Any, number: int) -> tuple[Block, dict[str, Any]]:
+    """Layer `number`, from 0, of a model and its own variables, to be run by itself."""
+    repeat, place = divmod(number, len(config.pattern))
+    own = {
+        name: jax.tree.map(lambda leaf: leaf[repeat], _places(config, collection["layers"])[place])
+        for name, collection in variables.items()
+    }
+    return make_block(config, place), own
+
+
 def empty_memory(config: ModelConfig, batch_size: int) -> Any:
     """The memory before the first token: what `memory=None` stands for; None: there is none."""
     empty = [mixer.empty(batch_size, config.d_model) for mixer in config.make_mixers()]
     if not config.carries_memory:
         return None
     return _join(config, [(carried,) * (config.n_layer // len(empty)) for carried in empty])
+
+
+def _in_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method with the matmuls that the config asks for."""
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        with self.config.precision():
+            return method(self, *arguments, **options)
+
+    return run
 
 
 class LanguageModel(nn.Module):
@@ -96,6 +117,7 @@ class LanguageModel(nn.Module):
 
         return _by_place(c, key, init)
 
+    @_in_precision
     def hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -184,6 +206,7 @@ class LanguageModel(nn.Module):
             return x, None
         return x, _join(c, [_unstack(of, c.n_layer // n_place) for of in carried])
 
+    @_in_precision
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -221,6 +244,7 @@ class LanguageModel(nn.Module):
         hidden, memory, tables = self._hidden(tokens, memory, dropout, last)
         return self.softmax(hidden, targets, tables, self.embedding.projs), memory
 
+    @_in_precision
     def log_probs(
         self, tokens: Int[Array, "B T"], memory: Any = None
     ) -> tuple[Float[Array, "B V"], Any]:
@@ -228,6 +252,7 @@ class LanguageModel(nn.Module):
         hidden, memory, tables = self._hidden(tokens, memory, None, 1)
         return self.softmax.log_probs(hidden[:, 0], tables, self.embedding.projs), memory
 
+    @_in_precision
     def all_log_probs(
         self, tokens: Int[Array, "B T"], memory: Any = None
     ) -> tuple[Float[Array, "B T V"], Any]:

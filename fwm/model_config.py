@@ -6,7 +6,10 @@ What a mixer alone needs is declared, with its default and limits, where the mix
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import jax
 
 from fwm.errors import UserError
 from fwm.layers import MIXERS, Mixer
@@ -15,6 +18,7 @@ from fwm.layers.mixer import COMMON
 from fwm.limits import SIZE, TEXT, Kind, of_type, one_of, several, whole
 
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "float32")
 
 
 # What a key may be, where the type of its default does not say it all. A mixer has those of its own
@@ -35,6 +39,7 @@ LIMITS: dict[str, Kind] = {
     "div_val": SIZE,
     "tie_projs": several(of_type(bool), "True and False"),
     "dtype": one_of(DTYPES),
+    "matmul_precision": one_of(PRECISIONS),
 }
 
 
@@ -69,6 +74,8 @@ class ModelConfig:
     tie_weight: bool = True  # one table for embedding and softmax
     tie_projs: tuple[bool, ...] = ()  # by cluster; (): all but the first
     dtype: str = "float32"  # float32, bfloat16: of computing; parameters stay float32
+    # of float32 matmuls: default (TF32, 10 bits of 23, on a GPU that has it), float32
+    matmul_precision: str = "default"
     mixer_keys: tuple[tuple[str, Any], ...] = ()  # those of the mixers, as pairs
 
     def __init__(self, n_token: int, **keys: Any):
@@ -154,6 +161,12 @@ class ModelConfig:
                     f"{name} has no meaning for {mixed}, it is a key of {owners}: leave it at "
                     f"{default!r}."
                 )
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Within it what is traced has the matmuls of `matmul_precision`."""
+        if self.matmul_precision == "default":
+            return nullcontext()
+        return jax.default_matmul_precision(self.matmul_precision)
 
     @property
     def pattern(self) -> tuple[str, ...]:

@@ -113,7 +113,9 @@ def train_step(
         value = nll.mean() if batch.mask is None else masked_sums(batch, nll=nll)["nll"] / counted
         return value, None if state.memory is None else memory
 
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    def value_and_grad(*inputs: Any) -> Any:
+        with model.config.precision():  # of the backward pass too
+            return jax.value_and_grad(loss, has_aux=True)(*inputs)
 
     def part(total: Any, inputs: tuple[Batch, Any]) -> tuple[Any, Any]:
         (value, memory), grads = value_and_grad(state.params, *inputs)

@@ -29,9 +29,9 @@ from fwm.version import written_by
 # machine may need; none of it changes what the run is about.
 FREE_FIELDS = (
     "data.dir", "data.file", "data.cache_dir", "data.download", "report.", "eval.", "generate.",
-    "model.dtype", "train.batch_chunk", "train.eval_batch_size", "train.nan_policy",
-    "train.profile_steps", "train.eval_interval", "train.log_interval", "train.save_minutes",
-    "registered_in",
+    "model.dtype", "model.matmul_precision", "train.batch_chunk", "train.eval_batch_size",
+    "train.nan_policy", "train.profile_steps", "train.eval_interval", "train.log_interval",
+    "train.save_minutes", "registered_in",
 )  # fmt: skip
 # Of a run's beginning: a resumed one keeps them where they are not given again.
 BEGINNING = ("init_from", "init_checkpoint")
@@ -39,7 +39,9 @@ BEGINNING = ("init_from", "init_checkpoint")
 # this one began with.
 WRITTEN_BY, BEGUN_FROM = "written_by", "begun_from"
 # What an evaluation may change; everything else is the run's own.
-EVALUATION_FIELDS = ("data.", "eval.", "generate.", "report.", "model.dtype")
+EVALUATION_FIELDS = (
+    "data.", "eval.", "generate.", "report.", "model.dtype", "model.matmul_precision",
+)  # fmt: skip
 TEXTS = "text.json"
 # Keys that earlier versions had, with the value that they must have had.
 GONE: Mapping[str, Any] = {}

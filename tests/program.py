@@ -19,14 +19,28 @@ SIZES = {
 DPFP = "configs/dpfp_delta.py"
 
 
-def call(*arguments):
-    """main.py with these arguments: (status, standard output, standard error)."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    # A process parses its flags once; here the overrides that an earlier call has defined go.
+def forget():
+    """A process parses its flags once; here the overrides that an earlier call has defined go."""
     flags.FLAGS.unparse_flags()
     for name in list(flags.FLAGS):
         if name.startswith("config."):
             delattr(flags.FLAGS, name)
+
+
+def parsed(*arguments):
+    """The config that main.py makes of these arguments."""
+    argv = sys.argv
+    forget()
+    try:
+        return main.parse(["main.py", *map(str, arguments)])
+    finally:
+        sys.argv = argv
+
+
+def call(*arguments):
+    """main.py with these arguments: (status, standard output, standard error)."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    forget()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main.main(["main.py", *map(str, arguments)])

@@ -30,6 +30,7 @@ HloModule jit_f
 ENTRY %main (x: f32[8,16]) -> f32[8,4] {
   %x = f32[8,16]{1,0} parameter(0)
   %while.1 = (s32[], f32[8,4]{1,0}) while(%x), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %if = f32[8,4]{1,0} conditional(%p, %x, %x), true_computation=%asking, false_computation=%body, metadata={op_name="softmax/cond"}
   ROOT %while.2 = (s32[], f32[1000]{0}) while(%while.1), condition=%cond, body=%asking, metadata={op_name="transpose(jvp(softmax))/while"}
 }
 """  # noqa: E501
@@ -38,7 +39,9 @@ ENTRY %main (x: f32[8,16]) -> f32[8,4] {
 def test_a_program_is_parsed():
     program = parse(HLO)
     assert program.entry == "main"
-    assert [i.op for i in program.computations["main"]] == ["parameter", "while", "while"]
+    assert [i.op for i in program.computations["main"]] == [
+        "parameter", "while", "conditional", "while",
+    ]  # fmt: skip
     fusion, put = program.computations["body"][-1], program.computations["asking"][-1]
     assert matmul_flops(program, "body", fusion) == 2 * 8 * 4 * 16
     shapes = {i.name: i.shape for i in program.computations["body"]}
@@ -51,10 +54,11 @@ def test_a_program_is_parsed():
 @pytest.mark.parametrize("rounds", [1, 7])
 def test_loops_are_counted_by_their_rounds(rounds):
     by = cost(parse(HLO), bandwidth=1e9, peak=1e12, trips=(rounds,))
-    assert by["mixer forward"]["launches"] == 4
+    assert by["mixer forward"]["launches"] == 4 + 1
+    assert (by[""]["questions"], by["softmax forward"]["seconds"]) == (1, ASK)
     assert by["softmax backward"]["launches"] == rounds
     assert by["softmax backward"]["loops"] == 1
-    assert by[""]["launches"] == 4 + rounds
+    assert by[""]["launches"] == 5 + rounds
     assert by["softmax backward"]["seconds"] == pytest.approx(rounds * (ASK + LAUNCH))
-    seconds = max(by["mixer forward"]["bytes"] / 4 / 0.8e9, LAUNCH)
-    assert by["mixer forward"]["seconds"] == pytest.approx(4 * seconds)
+    seconds = max(by["mixer forward"]["bytes"] / 5 / 0.8e9, LAUNCH)
+    assert by["mixer forward"]["seconds"] == pytest.approx(5 * seconds)

@@ -38,6 +38,7 @@ ALLOWED = {
     "fwm.reporting.compare": {
         "fwm.errors", "fwm.files", "fwm.reporting.figures", "fwm.reporting.sinks"
     },
+    "fwm.reporting.report": {"fwm.errors", "fwm.reporting.compare", "fwm.reporting.sinks"},
     "fwm.reporting.trace": set(),
     "fwm.reporting.reporter": {
         "fwm.perplexity", "fwm.reporting.figures", "fwm.reporting.sinks", "fwm.terminal"
@@ -59,6 +60,7 @@ ALLOWED = {
     "fwm.retrieval": {
         "fwm.errors", "fwm.files", "fwm.limits", "fwm.ops", "fwm.optimizer", "fwm.terminal"
     },
+    "fwm.look": {"fwm.generate", "fwm.layers", "fwm.model", "fwm.ops", "fwm.tasks"},
 }  # fmt: skip
 # Packages that must stay out: {where: {what}}.
 FORBIDDEN = {

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from program import SIZES, call
 
+import main
+from fwm.config import build
+from fwm.workdir import config_of_run
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SECTION = README.partition("## Your own text")[2].partition("\n## ")[0]
 COMMANDS = re.findall(r"^    python main\.py (.*)$", SECTION, re.MULTILINE)
@@ -48,3 +52,14 @@ def test_a_text_file_is_trained_on_evaluated_and_continued(tmp_path, monkeypatch
     status, out, _ = call("--mode=compare", "--workdir=runs/mine")
     assert status == 0
     assert f"{results['perplexity']:.3f} (per word {per_word:.3f}" in out
+    # Another text takes the place of the run's own, wherever it lies.
+    assert config_of_run(Path("runs/mine"), {"data.dir": "/other"}).data.file == ""
+    assert config_of_run(Path("runs/mine"), {}).data.file == str(tmp_path / "input.txt")
+
+
+def test_a_run_is_named_after_its_file_and_tokens():
+    config = build()
+    config.data.file = "/a/input.txt"
+    words = main.job_name(config)
+    config.data.tokenizer, config.data.vocab_size = "bpe", 300
+    assert main.job_name(config) == words.replace("input-", "input-bpe300-", 1)

@@ -143,3 +143,17 @@ def test_the_score_is_summed_over_what_counts_and_over_devices(parts):
     emptied = jax.tree.map(lambda x: x.at[np.array([0, 2])].set(0), memory)
     by_hand, _ = score(state.params, state.favor, batch(UNEVEN), emptied)
     assert float(forgotten["nll"]) == float(by_hand["nll"]) != float(carried["nll"])
+
+
+@pytest.mark.parametrize("precision", ["default", "float32"])
+def test_matmul_precision_holds_forward_and_backward(precision):
+    config = default.defaults()
+    config.model.update(FIELDS | {"matmul_precision": precision})
+    model = LanguageModel(build_config(config.model.to_dict(), 20))
+    optimizer, schedule = adam(lambda step: 0.1, 0.0), learning_rate("constant", 0.01, 0, 10)
+    state = jax.eval_shape(functools.partial(init_state, model, optimizer, 1, 0))
+    update = functools.partial(train_step, model, optimizer, schedule)
+    text = str(jax.make_jaxpr(update)(state, batch()))
+    products, exact = text.count("dot_general["), text.count("(Precision.HIGHEST")
+    assert products > 10
+    assert (exact == products) == (precision == "float32")

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ NAMES = {
 }
 # With fewer documents, one in twenty is none: their text is cut by its length.
 ENOUGH = 20
+WHOLE = "whole"
 
 Files = Mapping[str, Sequence[Path]]  # by split; "": all splits are to be made of them
 
@@ -121,9 +123,9 @@ def gather(files: Files, field: str, cache_dir: Path) -> tuple[Path, dict[str, t
     """Write documents one below the other, each ended by a newline: once, in the cache.
 
     Returns:
-      The folder with a text `<split>.txt` for every split, `.txt` for the split ""; and if there
-      are enough documents in this one, where each split of it begins and ends: the last 5% of them
-      are for testing, the 5% before for validation.
+      The folder with a text `<split>.txt` for every split, `whole.txt` for the split ""; and if
+      there are enough documents in this one, where each split of it begins and ends: the last 5% of
+      them are for testing, the 5% before for validation.
 
     Raises:
       UserError: a file cannot be read or a document has no text, or the cache cannot be written.
@@ -142,8 +144,8 @@ def gather(files: Files, field: str, cache_dir: Path) -> tuple[Path, dict[str, t
 def _write(files: Files, field: str, folder: Path) -> None:
     borders: list[tuple[str, int, int]] = []
     for split, paths in files.items():
-        ends = [0]
-        with open(folder / f"{split}.txt", "wb") as out:
+        ends = array("q", [0])  # there may be many millions
+        with open(folder / f"{split or WHOLE}.txt", "wb") as out:
             for path in paths:
                 for document in _documents(path, field):
                     out.writelines(piece.encode("utf-8") for piece in document)

@@ -164,7 +164,7 @@ def _gathered(files: documents.Files, where: str, cache_dir: Path, field: str) -
         paths = {split: str(folder / f"{split}.txt") for split in SPLITS if split in files}
         spans = {split: Span(p, 0, os.path.getsize(p), "lines") for split, p in paths.items()}
         return Source(spans, "word", called={s: f"The {s} split of {where}" for s in spans})
-    text = str(folder / ".txt")
+    text = str(folder / f"{documents.WHOLE}.txt")
     spans = {s: Span(text, *ends, "lines") for s, ends in borders.items()} or _cut(text, where)
     return Source(spans, "word", called=dict.fromkeys(spans, where))
 

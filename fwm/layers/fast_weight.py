@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 from fwm import ops
 from fwm.errors import UserError
 from fwm.layers.mixer import Mixer, Shared
-from fwm.layers.parts import norm_init, project
+from fwm.layers.parts import Heads, norm_init, project
 from fwm.limits import SIZE, Kind, number, one_of, whole
 from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
@@ -110,15 +110,14 @@ class FastWeightAttention(Mixer):
         """See `Mixer`; `norm`: k, v and the rule's inputs are made of norm(x), q of x."""
         check("FastWeightAttention", x=(x, "B T D"))
         features, rule = self._features(self._arrays()), ops.UPDATE_RULES[self.update_rule]
-        widths = self._widths()
-        projection = project((self.n_head, sum(widths)), -1, self.dtype, "qkv")
+        projection = Heads(self.n_head, self._widths(), self.dtype, name="qkv")
         columns = projection(x if norm is None else norm(x))
         memory, recent = carried if isinstance(carried, ConvolvedState) else (carried, None)
         if self.short_conv:
             columns, recent = self._convolved(columns, recent)
-        q, k, v, *given, decay, gate = jnp.split(columns, np.cumsum(widths)[:-1], axis=-1)
+        q, k, v, *given, decay, gate = columns
         if norm is not None:
-            q = projection(x)[..., : self.d_head]
+            q = projection(x)[0]
         k, v = self._writes(k), self._writes(v)
         if self.short_conv:
             v = jax.nn.silu(v.astype(jnp.float32)).astype(v.dtype)
@@ -155,12 +154,12 @@ class FastWeightAttention(Mixer):
         y = project((x.shape[-1],), (-2, -1), self.dtype, "out")(out)
         return y, memory if recent is None else ConvolvedState(memory, recent)
 
-    def _widths(self) -> list[int]:
+    def _widths(self) -> tuple[int, ...]:
         """Of the columns that are projected for a head: q, k, v, the rule's inputs, decay, gate."""
         d, n, n_key = self.d_head, self.n_step, self._n_key()
         inputs = [n * i.width(n_key, d) for i in ops.UPDATE_RULES[self.update_rule].inputs]
         decay = {"head": 1, "channel": n_key}.get(self.decay, 0)
-        return [d, n * d, n * d, *inputs, decay, d if self.output_gate else 0]
+        return d, n * d, n * d, *inputs, decay, d if self.output_gate else 0
 
     def _writes(self, x: Float[Array, "B T N F"]) -> Float[Array, "B S N G"]:
         """What a token has of its n writes side by side, as one write after the other."""
@@ -171,16 +170,18 @@ class FastWeightAttention(Mixer):
         return jnp.moveaxis(x, 3, 2).reshape(n_batch, -1, n_head, width // self.n_step)
 
     def _convolved(
-        self, columns: Float[Array, "B T N F"], recent: Float[Array, "B P N C"] | None
-    ) -> tuple[Array, Array]:
+        self, columns: list[Float[Array, "B T N _"]], recent: Float[Array, "B P N C"] | None
+    ) -> tuple[list[Array], Array]:
         """The columns with q, k and v convolved; what the next tokens are convolved with."""
         width = self._n_convolved()
-        recent = self._recent(len(columns)) if recent is None else recent
+        recent = self._recent(len(columns[0])) if recent is None else recent
         bound = self.short_conv**-0.5  # as a convolution of PyTorch begins
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         taps = self.param("taps", init, (self.short_conv, self.n_head, width))
-        qkv, recent = ops.short_convolution(columns[..., :width], taps, recent)
-        return jnp.concatenate([qkv, columns[..., width:]], axis=-1), recent
+        qkv = jnp.concatenate(columns[:3], axis=-1)
+        qkv, recent = ops.short_convolution(qkv, taps, recent)
+        ends = np.cumsum(self._widths())[:2]
+        return [*jnp.split(qkv, ends, axis=-1), *columns[3:]], recent
 
     def _n_convolved(self) -> int:
         """Channels of q, k and v of a head."""

@@ -1,5 +1,6 @@
 """What mixers and blocks share: initialisation, projections, positions, norms, feed-forward."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop, keep_mask, keep_scale
 from fwm.ops.feed_forward import feed_forward
+from fwm.ops.forms import on_cpu
 
 # The official initialisation (weights_init): matrices N(0, 0.02), norms N(1, 0.02), biases 0.
 matrix_init = nn.initializers.normal(0.02)
@@ -56,6 +58,32 @@ def project(
     return nn.DenseGeneral(
         features, axis=axis, use_bias=False, dtype=dtype, kernel_init=matrix_init, name=name
     )
+
+
+class Heads(nn.Module):
+    """A linear map without bias to `n_head` times the sum of `widths`, cut into those.
+
+    The parameter is that of `project`. On a CPU one product is cut; elsewhere the parameter is,
+    because slices of a wide array are read at 49 of, say, 392 columns: every reader then waits for
+    all of them.
+    """
+
+    n_head: int
+    widths: tuple[int, ...]
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> list[Float[Array, "B T N _"]]:
+        """`[B, T, D]` -> `[B, T, N, width]` of each."""
+        total = sum(self.widths)
+        init = lambda *a: matrix_init(*a).reshape(-1, self.n_head, total)
+        kernel = self.param("kernel", init, (x.shape[-1], self.n_head * total))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        ends = list(itertools.accumulate(self.widths))[:-1]
+        product = lambda part: jnp.einsum("btd,dnw->btnw", x, part)
+        if on_cpu():
+            return jnp.split(product(kernel), ends, axis=-1)
+        return [product(part) for part in jnp.split(kernel, ends, axis=-1)]
 
 
 class Norm(nn.Module):

@@ -9,6 +9,7 @@ The first cluster takes the last of the head's cluster columns, as in the offici
 `log_probs` and `definition` are this formula; `nll` is what training and evaluation run.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fwm.ops.checks import vary
+from fwm.ops.forms import on_cpu
 
 
 class _Blocks(NamedTuple):
@@ -27,25 +29,22 @@ class _Blocks(NamedTuple):
 
     Tokens are taken in the first of these sizes while they last, the rest in the next: a tail has
     few tokens, and padding costs.
+
+    tail_tokens None: a tail has one block, for about as many tokens as texts have there; the
+    device is asked once whether there are more, and only then goes over more such blocks.
     """
 
     head_tokens: tuple[int, ...]
-    tail_tokens: tuple[int, ...]
+    tail_tokens: tuple[int, ...] | None
     head_words: int
     tail_words: int
-
-    def of(self, kind: str) -> tuple[tuple[int, ...], int]:
-        """Tokens and words of the blocks of a head or a tail."""
-        if kind == "head":
-            return self.head_tokens, self.head_words
-        return self.tail_tokens, self.tail_words
 
 
 # Small enough for the cache: found by measurement (benchmarks/adaptive.py).
 _CPU = _Blocks((512, 64), (128, 32, 8), 1024, 2048)
-# A GPU wants few large launches, and each block of a tail asks it whether there is another
+# A GPU wants few large launches, and waits where the number of blocks depends on the targets
 # (benchmarks/results/gpu_cost.md).
-_GPU = _Blocks((8192, 512), (1024, 128), 20480, 20480)
+_GPU = _Blocks((8192,), None, 20480, 2**18)
 
 
 class Cluster(NamedTuple):
@@ -109,7 +108,7 @@ class _Sorted(NamedTuple):
     unsort: Callable[[Array], Array]
 
 
-def _by_cluster(clusters: Sequence[Cluster], blocks: _Blocks, targets: Array) -> _Sorted:
+def _by_cluster(clusters: Sequence[Cluster], groups: list["_Group"], targets: Array) -> _Sorted:
     ends = jnp.cumsum(jnp.array([c.size for c in clusters]))
     which = jnp.searchsorted(ends, targets, side="right", method="compare_all")
     word = targets - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[which]
@@ -120,7 +119,7 @@ def _by_cluster(clusters: Sequence[Cluster], blocks: _Blocks, targets: Array) ->
     place = jnp.array([(c.start, c.size) for c in clusters]).T
     spans = jnp.stack([number, *place, jnp.cumsum(count) - count, count], axis=1)
     # No block may reach beyond the end.
-    pad = max(blocks.head_tokens[-1], blocks.tail_tokens[-1])
+    pad = max(group.tokens[-1] for group in groups)
 
     def sort(x):
         return jnp.pad(x[order], ((0, pad),) + ((0, 0),) * (x.ndim - 1))
@@ -132,21 +131,21 @@ class _Group(NamedTuple):
     """Clusters of one table and one hidden state: one loop, compiled once."""
 
     kind: str
-    members: tuple[int, ...]
-    table: int
-    hidden: int
-    head: Cluster
+    clusters: tuple[tuple[int, Cluster], ...]  # with their numbers
     tokens: tuple[int, ...]  # sizes of blocks
     words: int  # size of a block: no cluster is smaller
+    fixed: bool  # one block of tokens, and more where they do not suffice
 
     def over_clusters(self, by: _Sorted, body: Callable, carry: Any) -> Any:
         """body(span, carry) for each cluster; the head takes all tokens."""
+        i, only = self.clusters[0]
+        # Numbers, not arrays: loops then have ends that the compiler knows.
         if self.kind == "head":
-            # Numbers, not arrays: its loops have ends that the compiler knows.
-            span = _Span(0, self.head.start, self.head.size, 0, by.total)
-            return body(span, carry)
-        spans = by.spans[jnp.array(self.members)]
-        return lax.fori_loop(0, len(self.members), lambda k, c: body(_Span(*spans[k]), c), carry)
+            return body(_Span(0, only.start, only.size, 0, by.total), carry)
+        if self.fixed:
+            return body(_Span(i, only.start, only.size, *by.spans[i, 3:]), carry)
+        spans = by.spans[jnp.array([i for i, _ in self.clusters])]
+        return lax.fori_loop(0, len(spans), lambda k, c: body(_Span(*spans[k]), c), carry)
 
     def over_words(self, span: _Span, body: Callable, carry: Any) -> Any:
         """body(row, new, carry) over blocks of the table's rows, if the cluster has any tokens.
@@ -160,13 +159,17 @@ class _Group(NamedTuple):
             return body(span.start + begin, new, carry)
 
         blocks = (span.size + self.words - 1) // self.words
-        if self.kind == "tail":
+        if self.kind == "tail" and not self.fixed:
             blocks = jnp.where(span.count > 0, blocks, 0)
         return lax.fori_loop(0, blocks, step, carry)
 
     def over_tokens(self, by: _Sorted, span: _Span, body: Callable, carry: Any) -> Any:
         """body(begin, size, carry) over blocks that cover the tokens of the cluster."""
         first, count, (*large, smallest) = span.first, span.count, self.tokens
+        if self.fixed and self.kind == "tail":
+            further = lambda k, c: body(first + k * smallest, smallest, c)
+            rest = lambda c: lax.fori_loop(1, (count + smallest - 1) // smallest, further, c)
+            return lax.cond(count > smallest, rest, lambda c: c, body(first, smallest, carry))
         for size in [s for s in large if s <= by.total] + [smallest]:
             blocks = (count + size - 1) // size if size == smallest else count // size
             start = first
@@ -180,17 +183,37 @@ class _Group(NamedTuple):
         return carry
 
 
-def _groups(clusters: Sequence[Cluster], blocks: _Blocks) -> list[_Group]:
-    places = [(min(i, 1), c.table, c.hidden) for i, c in enumerate(clusters)]
+def _groups(clusters: Sequence[Cluster], blocks: _Blocks, n_token: int) -> list[_Group]:
+    fixed = blocks.tail_tokens is None
+    # A head of its own; of tails those of one place together, unless their blocks are their own.
+    places = [(i if fixed else min(i, 1), c.table, c.hidden) for i, c in enumerate(clusters)]
     groups = []
     for place in sorted(set(places)):
+        members = tuple((i, clusters[i]) for i, p in enumerate(places) if p == place)
         kind = "tail" if place[0] else "head"
-        members = tuple(i for i, p in enumerate(places) if p == place)
-        smallest = min(clusters[i].size for i in members)
-        tokens, words = blocks.of(kind)
+        words = blocks.head_words if kind == "head" else blocks.tail_words
+        tokens = blocks.head_tokens if kind == "head" else blocks.tail_tokens
+        if tokens is None:
+            low = sum(c.size for c in clusters[: members[0][0]])
+            tokens = (_usual_tokens(n_token, low, low + members[0][1].size),)
+        elif fixed:
+            n_block = max(1, -(-n_token // tokens[0]))
+            tokens = (max(1, -(-n_token // n_block)),)
+        smallest = min(c.size for _, c in members)
         even = -(-smallest // -(-smallest // words))
-        groups.append(_Group(kind, members, *place[1:], clusters[0], tokens, even))
+        groups.append(_Group(kind, members, tokens, even, fixed))
     return groups
+
+
+def _usual_tokens(n_token: int, low: int, high: int) -> int:
+    """How many of n_token targets are words low ... high by frequency, and a quarter and 64 more.
+
+    As in WikiText-103: 7% lie beyond 20,000 words, and the share beyond a rank falls as its power
+    -0.82 (benchmarks/adaptive.py).
+    """
+    beyond = lambda rank: min(1.0, 0.07 * (rank / 20_000) ** -0.82)
+    wanted = 1.25 * n_token * (beyond(low) - beyond(high)) + 64
+    return max(1, min(n_token, 64 * math.ceil(wanted / 64)))
 
 
 def _rows(x: Array, start: Array, size: int) -> Array:
@@ -209,6 +232,27 @@ def _logits(h: Array, w: Array, b: Array) -> Array:
     return _dot("td,vd->tv", h, w.astype(h.dtype)) + b[None, :]
 
 
+@jax.custom_jvp
+def _logsumexp_once(x: Array) -> Array:
+    """logsumexp of each row in one pass over it: largest so far, and sum relative to that."""
+    least = jnp.finfo(x.dtype).min
+
+    def join(a, b):
+        largest = jnp.maximum(a[0], b[0])
+        return largest, a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
+
+    start = jnp.asarray(least, x.dtype), jnp.asarray(0, x.dtype)
+    pairs = jnp.maximum(x, least), jnp.ones_like(x)
+    largest, total = lax.reduce(pairs, start, join, (1,))
+    return largest + jnp.log(total)
+
+
+@_logsumexp_once.defjvp
+def _logsumexp_once_jvp(primals, tangents):
+    total = _logsumexp_once(*primals)
+    return total, jnp.sum(jnp.exp(primals[0] - total[:, None]) * tangents[0], axis=1)
+
+
 def _add_lse(group: _Group, by: _Sorted, h, table, bias, lse: Array) -> Array:
     """lse <- log(exp(lse) + sum of exp(logit) over the words of the token's cluster)."""
 
@@ -219,7 +263,8 @@ def _add_lse(group: _Group, by: _Sorted, h, table, bias, lse: Array) -> Array:
             def tokens(begin, size, lse):
                 block = jnp.where(new[None, :], _logits(_rows(h, begin, size), w, b), -jnp.inf)
                 old = _rows(lse, begin, size)
-                lse_b = jnp.logaddexp(old, jax.nn.logsumexp(block, axis=1))
+                total = _logsumexp_once(block) if group.fixed else jax.nn.logsumexp(block, axis=1)
+                lse_b = jnp.logaddexp(old, total)
                 if group.kind == "tail":  # the last block may reach into the next cluster
                     lse_b = jnp.where(_rows(by.which, begin, size) == span.i, lse_b, old)
                 return _put(lse, lse_b, begin)
@@ -235,7 +280,8 @@ def _add_lse(group: _Group, by: _Sorted, h, table, bias, lse: Array) -> Array:
 @partial(jax.jit, static_argnums=(0, 1))
 def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
     """nll [N], and the log-sum-exp of the head and of each token's own tail cluster, sorted."""
-    by = _by_cluster(clusters, blocks, targets)
+    groups = _groups(clusters, blocks, targets.size)
+    by = _by_cluster(clusters, groups, targets)
     hs = [by.sort(h) for h in hiddens]
     columns = _logits(hs[0], cluster_weight, cluster_bias)
     empty = vary(jnp.full(by.which.shape, -jnp.inf), hs)
@@ -243,10 +289,11 @@ def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_
     chosen = jnp.zeros(by.which.shape)
     for i in range(1, len(clusters)):
         chosen = jnp.where(by.which == i, columns[:, -i], chosen)
-    for group in _groups(clusters, blocks):
-        h, table, bias = hs[group.hidden], tables[group.table], biases[group.table]
+    for group in groups:
+        members, (_, place) = jnp.array([i for i, _ in group.clusters]), group.clusters[0]
+        h, table, bias = hs[place.hidden], tables[place.table], biases[place.table]
         lse[group.kind] = _add_lse(group, by, h, table, bias, lse[group.kind])
-        mine = jnp.any(by.which[:, None] == jnp.array(group.members)[None, :], axis=1)
+        mine = jnp.any(by.which[:, None] == members[None, :], axis=1)
         row = jnp.where(mine, by.spans[by.which, 1] + by.word, 0)
         logit = _dot("td,td->t", h, table[row].astype(h.dtype)) + bias[row]
         chosen = chosen + jnp.where(mine, logit, 0)
@@ -257,9 +304,7 @@ def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_
 
 def _by_platform(function: Callable, *arguments: Any) -> Any:
     """function(blocks, *arguments) with the blocks of the platform that it is compiled for."""
-    return lax.platform_dependent(
-        *arguments, cpu=partial(function, _CPU), default=partial(function, _GPU)
-    )
+    return function(_CPU if on_cpu() else _GPU, *arguments)
 
 
 def nll(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
@@ -328,7 +373,8 @@ def _nll_bwd(clusters, saved, g):
 @partial(jax.jit, static_argnums=(0, 1))
 def _backward(clusters, blocks, saved, g):
     (hiddens, tables, biases, cluster_weight, cluster_bias, targets), lse = saved
-    by = _by_cluster(clusters, blocks, targets)
+    groups = _groups(clusters, blocks, targets.size)
+    by = _by_cluster(clusters, groups, targets)
     g, hs = by.sort(g), [by.sort(h) for h in hiddens]
     beyond = by.which.size - by.total
     lse = {k: jnp.pad(x, (0, beyond), constant_values=jnp.inf) for k, x in lse.items()}
@@ -344,8 +390,8 @@ def _backward(clusters, blocks, saved, g):
     d_cluster_weight = _dot("tc,td->cd", d, hs[0])
     d_hs[0] = _dot("tc,cd->td", d, cluster_weight.astype(d.dtype))
 
-    for group in _groups(clusters, blocks):
-        i, j = group.hidden, group.table
+    for group in groups:
+        j, i = group.clusters[0][1][:2]
         gradients = d_hs[i], d_tables[j], d_biases[j]
         d_hs[i], d_tables[j], d_biases[j] = _add_gradients(
             group, by, hs[i], tables[j], biases[j], g, lse[group.kind], gradients

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from fwm.errors import UserError
 from fwm.ops import recurrent
 from fwm.ops.checks import vary
+from fwm.ops.forms import on_cpu
 from fwm.ops.recurrent import Rule
 from fwm.ops.softmax import rows_per_block
 
@@ -44,12 +45,18 @@ class Chunked(NamedTuple):
         cpu_cut: V -> the fastest cut known on a CPU: tokens per chunk, chunks per group.
         small_by_tokens: whether without a gradient on a CPU a small memory is faster token by
             token: it stays in the cache, and the plain recurrence has the least arithmetic.
+        whole: (size, weights [B, N, K, V], q, k, v, *inputs [B, T, N, F]) -> out, weights: in place
+            of the two where there is no such cache (`forms`), for T a multiple of `size`, with a
+            gradient of its own. None: there too groups of chunks.
+        whole_size: K -> tokens per chunk of `whole`.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     cpu_cut: Callable[[int], tuple[int, int]] = lambda n_value: (32, 1)
     small_by_tokens: bool = False
+    whole: Callable[..., Any] | None = None
+    whole_size: Callable[[int], int] = lambda n_key: 64
 
 
 class _Plan(NamedTuple):
@@ -76,7 +83,7 @@ def _plan(chunked: Chunked, shape: tuple[int, ...], n_value: int, chunk_size: in
     Small: K <= 32 and K V <= 1024.
     """
     n_batch, length, n_head, n_key = shape
-    cpu = jax.default_backend() == "cpu"
+    cpu = on_cpu()
     cpu_size, cpu_chunks = chunked.cpu_cut(n_value)
     size = min(chunk_size or (cpu_size if cpu else 64), length)
     n_chunk = -(-length // size)
@@ -128,7 +135,8 @@ def run(
     if length < 1:
         raise UserError(f"there must be at least one token, got arrays of shape {q.shape}.")
     n_key = jax.eval_shape(partial(mapped, features), q).shape[-1]
-    if rule.chunked is None or n_batch == 0 or n_key < 4 * width:
+    at_once = None if rule.chunked is None or on_cpu() else rule.chunked.whole
+    if rule.chunked is None or n_batch == 0 or n_key < 4 * width or at_once is not None:
         q, k, features = mapped(features, q), mapped(features, k), None
     if rule.chunked is None or n_batch == 0:
         kept_every = recurrent.KEPT_EVERY
@@ -139,11 +147,21 @@ def run(
     plan = _plan(rule.chunked, (n_batch, length, n_head, n_key), weights.shape[-1], chunk_size)
     weights, tokens, features = vary((weights.astype(dtype), (q, k, v, *inputs), features))
     try:
+        if at_once is not None:
+            size = min(chunk_size or rule.chunked.whole_size(n_key), length)
+            return _run_whole(rule, at_once, size, weights, tokens)
         return _run(rule, plan, weights, tokens, features)
     except TypeError as error:
         if "forward-mode" in str(error):  # JAX's own words do not say where there is a form for it
             error.add_note(FORWARD_MODE)
         raise
+
+
+def _run_whole(rule, whole, size, weights, tokens):
+    length = tokens[0].shape[1]
+    plan = _Plan(1, -(-length // size), 1, size, by_tokens=False)
+    out, weights = whole(size, weights, *_pad(rule, plan, tokens))
+    return out[:, :length], weights
 
 
 def mapped(features: jax.tree_util.Partial | None, x: Array) -> Array:
@@ -182,7 +200,7 @@ def _rows_forward(rule, plan, features, inputs, keep):
 
     start = (
         weights.mT.reshape(-1, *weights.mT.shape[2:]),
-        jnp.zeros((*padded[2].shape[:3], weights.shape[-1]), padded[2].dtype),
+        jnp.zeros((*padded[0].shape[:3], weights.shape[-1]), padded[2].dtype),
     )
     (m, out), kept = jax.lax.scan(step, vary(start, tokens), jnp.arange(plan.n_group))
     return (out[:, :length], m.mT.reshape(weights.shape)), kept
@@ -202,7 +220,7 @@ def _run_backward(rule, plan, residuals, cotangents):
 def _rows_backward(rule, plan, features, inputs):
     kept, tokens, (dout, dweights) = inputs
     padded = _pad(rule, plan, tokens)
-    dout = _fill(plan, dout, 0.0)
+    dout = _fill(plan, dout, 0.0, dout.shape[1])
     length = tokens[0].shape[1]
 
     def step(carry, inputs):
@@ -227,7 +245,7 @@ def _rows_backward(rule, plan, features, inputs):
     groups = jnp.arange(plan.n_group)
     (dm, dfeatures, gradients), _ = jax.lax.scan(step, start, (groups, kept), reverse=True)
     gradients = tuple(
-        g[:, :length].reshape(x.shape) for g, x in zip(gradients, tokens, strict=True)
+        g[:, : x.shape[1]].reshape(x.shape) for g, x in zip(gradients, tokens, strict=True)
     )
     return dfeatures, (dm.mT.reshape(dweights.shape), gradients)
 
@@ -257,11 +275,13 @@ def _pad(rule, plan, tokens):
     """All tokens as [B, T, N, F], the last group filled up with tokens that change nothing."""
     neutral = (0.0, 0.0, 0.0, *(i.neutral for i in rule.inputs))
     wide = (x if x.ndim == 4 else x[..., None] for x in tokens)
-    return tuple(_fill(plan, x, value) for x, value in zip(wide, neutral, strict=True))
+    length = tokens[0].shape[1]
+    return tuple(_fill(plan, x, value, length) for x, value in zip(wide, neutral, strict=True))
 
 
-def _fill(plan, x, value):
-    missing = plan.n_group * plan.n_chunk * plan.size - x.shape[1]
+def _fill(plan, x, value, length):
+    """x has a row, or several, for each of the `length` tokens."""
+    missing = (plan.n_group * plan.n_chunk * plan.size - length) * (x.shape[1] // length)
     if not missing:
         return x
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=value)
@@ -282,19 +302,19 @@ def _addresses(plan, length, group, features, q, k):
 
 
 def _cut(plan, group, x):
-    """One group of x [B, T, N, F], as [chunk, B N, C, F]."""
-    n_batch, _, n_head, n_feature = x.shape
-    length = plan.n_chunk * plan.size
+    """One group of x [B, T, N, F], as [chunk, B N, C, F]; or of x with several rows a token."""
+    n_batch, rows, n_head, n_feature = x.shape
+    length = rows // plan.n_group
     x = jax.lax.dynamic_slice_in_dim(x, group * length, length, axis=1)
-    x = x.reshape(n_batch, plan.n_chunk, plan.size, n_head, n_feature).transpose(1, 0, 3, 2, 4)
-    return x.reshape(plan.n_chunk, n_batch * n_head, plan.size, n_feature)
+    x = x.reshape(n_batch, plan.n_chunk, -1, n_head, n_feature).transpose(1, 0, 3, 2, 4)
+    return x.reshape(plan.n_chunk, n_batch * n_head, -1, n_feature)
 
 
 def _put(plan, group, x, part):
     """Write one group, as `_cut` made it, to its place in x [B, T, N, F]."""
-    n_batch, _, n_head, n_feature = x.shape
-    length = plan.n_chunk * plan.size
-    part = part.reshape(plan.n_chunk, n_batch, n_head, plan.size, n_feature)
+    n_batch, rows, n_head, n_feature = x.shape
+    length = rows // plan.n_group
+    part = part.reshape(plan.n_chunk, n_batch, n_head, -1, n_feature)
     part = part.transpose(1, 0, 3, 2, 4).reshape(n_batch, length, n_head, n_feature)
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), group * length, axis=1)
 

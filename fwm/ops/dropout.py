@@ -4,6 +4,7 @@ The definition: `drop` is `x * keep / p` with keep ~ Bernoulli(p), p = 1 - rate;
 the words that jax's own generator gives.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt32
+
+from fwm.ops.forms import on_cpu
 
 
 class Dropout(NamedTuple):
@@ -63,7 +66,17 @@ def keep_mask(source: Dropout, site: int, rate: float, shape: tuple[int, ...]) -
     rows = jnp.asarray(source.rows, jnp.uint32)[:, None]
     words = threefry(key, rows, counter)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    mask = jnp.concatenate([half < _threshold(rate) for half in halves], axis=1)
+    kept = [half < _threshold(rate) for half in halves]
+    if on_cpu():
+        mask = jnp.concatenate(kept, axis=1)
+    else:
+        # One byte for four elements, as an array: else each of them computes its word anew.
+        bit = np.arange(4, dtype=np.uint8)[None, :, None]
+        parts = (k.astype(np.uint8) << i for k, i in zip(kept, bit.ravel(), strict=True))
+        packed = jax.lax.optimization_barrier(functools.reduce(jnp.bitwise_or, parts))
+        mask = ((packed[:, None, :] >> bit) & np.uint8(1) != 0).reshape(
+            len(rows), 4 * packed.shape[1]
+        )
     return mask[:, :size].reshape(shape)
 
 

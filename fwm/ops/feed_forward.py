@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fwm.ops.checks import vary
 from fwm.ops.dropout import masked
+from fwm.ops.forms import on_cpu
 
 
 def definition(scale, x, keep, w_1, b_1, w_2, b_2):
@@ -22,13 +23,14 @@ def feed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
 
     Because of what automatic differentiation costs here: it keeps three arrays [M, F] for one
     (y > 0 says where relu and dropout let through), and XLA's CPU backend transposes those arrays
-    in memory for the gradients of the matrices.
+    in memory for the gradients of the matrices. On a GPU it passes over them more often.
     """
     # In float32 at least, where the gradients are sums over all tokens, and rounded only then.
     wide = lambda w: w.astype(np.promote_types(np.float32, w.dtype))
     parameters = (wide(w) for w in (w_1, b_1, w_2, b_2))
     scale = 1.0 if keep is None else scale
-    return _feed_forward(scale, *vary((x, keep, *parameters)))
+    form = _feed_forward if on_cpu() else _recomputed
+    return form(scale, *vary((x, keep, *parameters)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,3 +78,43 @@ def _backward(scale, residuals, dout):
 
 
 _feed_forward.defvjp(_forward, _backward)
+
+
+# Elsewhere than on a CPU reading [M, F] takes longer than a matmul that makes it: y is computed
+# again. What stands after a matmul and reads arrays that exist is done within it: so masks are
+# arrays, and the scale is applied where arrays are narrow.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(scale, x, keep, w_1, b_1, w_2, b_2):
+    return _recomputed_forward(scale, x, keep, w_1, b_1, w_2, b_2)[0]
+
+
+def _recomputed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
+    out = _unscaled(x, keep, w_1, b_1) @ w_2.astype(x.dtype) * jnp.asarray(scale, x.dtype)
+    return out + b_2.astype(x.dtype)[None], (x, keep, w_1, b_1, w_2)
+
+
+def _unscaled(x, keep, w_1, b_1):
+    y = jax.nn.relu(x @ w_1.astype(x.dtype) + b_1.astype(x.dtype)[None])
+    return y if keep is None else masked(y, jax.lax.optimization_barrier(keep), 1.0)
+
+
+def _recomputed_backward(scale, residuals, dout):
+    x, keep, w_1, b_1, w_2 = residuals
+    over_tokens = functools.partial(
+        jnp.einsum, "md,mf->df", preferred_element_type=np.promote_types(np.float32, x.dtype)
+    )
+    y = _unscaled(x, keep, w_1, b_1)
+    through, scaled = jax.lax.optimization_barrier(y > 0), dout * jnp.asarray(scale, x.dtype)
+    dy = masked(scaled @ w_2.astype(x.dtype).T, through, 1.0)
+    # The bias as one more feature, which is 1 (eight more, for the alignment): no pass of its own.
+    ones = jnp.zeros((len(x), 8), x.dtype).at[:, 0].set(1)
+    d_first = over_tokens(jnp.concatenate([x, ones], axis=1), dy)
+    dw_1, db_1 = d_first[: len(w_1)], d_first[len(w_1)]
+    dw_2 = over_tokens(y, scaled)
+    db_2 = jnp.sum(dout, axis=0, dtype=dw_2.dtype)
+    return dy @ w_1.astype(x.dtype).T, None, dw_1, db_1, dw_2, db_2
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)

@@ -45,6 +45,28 @@ def unit_inverse(s: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     return inverse[..., 0, :wanted, :wanted]
 
 
+def unit_inverse_by_halves(s: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """`unit_inverse` in few launches: halves down to 16 x 16, which the library solves, one each.
+
+    Not larger ones: of many small matrices it is slow where a matmul is not.
+    """
+    size = s.shape[-1]
+    if size <= 16:
+        eye = jnp.broadcast_to(jnp.eye(size, dtype=s.dtype), s.shape)
+        return jax.lax.linalg.triangular_solve(
+            s, eye, left_side=True, lower=True, unit_diagonal=True
+        )
+    if size % 2:
+        padded = jnp.pad(s, [(0, 0)] * (s.ndim - 2) + [(0, 1)] * 2)
+        return unit_inverse_by_halves(padded)[..., :size, :size]
+    half = size // 2
+    diagonal = jnp.stack([s[..., :half, :half], s[..., half:, half:]], axis=-3)
+    upper, lower = jnp.moveaxis(unit_inverse_by_halves(diagonal), -3, 0)
+    corner = -_exact(lower, _exact(s[..., half:, :half], upper))
+    top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
+
+
 def _exact(a, b):
     # Full float32 on GPU too: an error in the inverse is an error in every later state.
     return jnp.einsum("...ij,...jk->...ik", a, b, precision="highest")

@@ -102,53 +102,30 @@ def delta_step(w: Array, k: Array, v: Array, beta: Array) -> Array:
 
 
 class Switches(NamedTuple):
-    """Which inputs a rule of the one algebra reads, and how many writes a token makes."""
+    """Which inputs a rule of the one algebra reads."""
 
     delta: bool
     decay: bool
     erase: bool
-    n_write: int
 
 
 def by_name(switches: Switches, inputs: tuple[Array, ...]) -> list[Array | None]:
     """[beta, log_decay, erase_key], None where absent, from those that are there."""
     given = iter(inputs)
-    present = (switches.delta, switches.decay, switches.erase)
-    return [next(given) if there else None for there in present]
+    return [next(given) if there else None for there in switches]
 
 
 def general_step(switches: Switches, w: Array, k: Array, v: Array, *inputs: Array) -> Array:
-    """W' = diag(exp(g)) W, then n times W' + k v^T or W' + beta k (v - W'^T p)^T.
-
-    The n writes of a token lie side by side: k [B, N, n K], v [B, N, n V], and so its inputs.
-    """
-    beta, log_decay, erase = by_name(switches, inputs)
+    """W' = diag(exp(g)) W, then W' + k v^T or W' + beta k (v - W'^T p)^T."""
+    beta, log_decay, p = by_name(switches, inputs)
     if log_decay is not None:
         w = w * jnp.exp(log_decay.reshape(*w.shape[:2], -1, 1))
-    n = switches.n_write
-    keys, values = jnp.split(k, n, axis=-1), jnp.split(v, n, axis=-1)
     if beta is None:
-        for key, value in zip(keys, values, strict=True):
-            w = sum_step(w, key, value)
-        return w
-    strengths = jnp.split(beta.reshape(*w.shape[:2], n), n, axis=-1)
-    erased = keys if erase is None else jnp.split(erase, n, axis=-1)
-    for key, value, strength, p in zip(keys, values, strengths, erased, strict=True):
-        w = sum_step(w, key, strength * (value - _read(w, p)))
-    return w
+        return sum_step(w, k, v)
+    return sum_step(w, k, beta[..., None] * (v - _read(w, k if p is None else p)))
 
 
-class Writes(NamedTuple):
-    """Tokens with the n writes of each side by side in the features, as `general_step` reads."""
-
-    switches: Switches
-    k: Array
-    v: Array
-    inputs: tuple[Array, ...]
-    weights: Array
-
-
-def writes(
+def switched(
     of: str,
     q: Any,
     k: Any,
@@ -157,8 +134,8 @@ def writes(
     weights: Any,
     log_decay: Any,
     erase_key: Any,
-) -> Writes | None:
-    """What `general_step` reads; None where the plain rule, one write a token, is meant.
+) -> tuple[Switches, int, tuple[Array, ...]]:
+    """What is there besides q, k and v, and how many writes a token has.
 
     Args:
         of: the name of the rule, for messages.
@@ -169,6 +146,9 @@ def writes(
         weights: the state before the first token.
         log_decay: one per token and head, or per feature too.
         erase_key: one for every write.
+
+    Returns:
+        The switches; n; what there is of beta, log_decay and erase_key.
 
     Raises:
         UserError: arrays that do not belong together.
@@ -183,33 +163,39 @@ def writes(
     if erase_key is not None:
         arrays["erase_key"] = (erase_key, "B S N K")
     check(of, **arrays)
-    n_batch, length, n_head, n_key = q.shape
+    length = q.shape[1]
     n = k.shape[1] // length
     if n < 1 or k.shape[1] != n * length:
         raise UserError(
             f"{of}: k of shape {k.shape} must have a whole number of writes for each token of q, "
             f"whose shape is {q.shape}: make its second axis a multiple of {length}."
         )
-    if n == 1 and log_decay is None and erase_key is None:
-        return None
+    given = (*(beta or (None,)), log_decay, erase_key)
+    there = [x is not None for x in given]
+    switches = Switches(there[0], there[1], there[2])
+    return switches, n, tuple(x for x in given if x is not None)
 
-    def fold(x: Array) -> Array:
-        x = x.reshape(n_batch, length, n, n_head, -1)
-        return jnp.moveaxis(x, 2, 3).reshape(n_batch, length, n_head, -1)
 
-    inputs = tuple(fold(x) for x in beta)
-    inputs += () if log_decay is None else (log_decay,)
-    inputs += () if erase_key is None else (fold(erase_key),)
-    if weights is None:
-        dtype = np.promote_types(np.float32, v.dtype)
-        weights = jnp.zeros((n_batch, n_head, n_key, v.shape[-1]), dtype)
-    return Writes(
-        Switches(bool(beta), log_decay is not None, erase_key is not None, n),
-        fold(k),
-        fold(v),
-        inputs,
-        weights,
-    )
+def by_tokens(switches, n, q, k, v, inputs, weights):
+    """The n writes of a token as n tokens, of which the first alone decays.
+
+    It is read after the last one; the others have a q of zeros.
+    """
+    step, length = partial(general_step, switches), q.shape[1]
+    inputs = tuple(among_zeros(x, n, 0) if x.shape[1] == length else x for x in inputs)
+    out, weights = scan_tokens(step, among_zeros(q, n, n - 1), k, v, inputs, weights)
+    return out.reshape(out.shape[0], length, n, *out.shape[2:])[:, :, -1], weights
+
+
+def among_zeros(x: Array, n: int, place: int, axis: int = 1) -> Array:
+    """x [..., T, ...] as one of n tokens, the others zero: [..., T n, ...]."""
+    if n == 1:
+        return x
+    axis = axis % x.ndim
+    around = [(0, 0)] * (x.ndim + 1)
+    around[axis + 1] = (place, n - 1 - place)
+    wide = jnp.pad(jnp.expand_dims(x, axis + 1), around)
+    return wide.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def sum_rule(
@@ -221,10 +207,8 @@ def sum_rule(
     log_decay: Float[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
     """W_t = exp(g_t) W_(t-1) + k_t v_t^T; out_t = W_t^T q_t (paper, equations 17-18)."""
-    several = writes("sum_rule", q, k, v, (), weights, log_decay, None)
-    if several is None:
-        return scan_tokens(sum_step, q, k, v, (), weights)
-    return _scan_writes(q, several)
+    switches, n, inputs = switched("sum_rule", q, k, v, (), weights, log_decay, None)
+    return by_tokens(switches, n, q, k, v, inputs, weights)
 
 
 def delta_rule(
@@ -241,15 +225,9 @@ def delta_rule(
 
     Paper, section 4.2; the arguments as of `fwm.ops.delta_rule`.
     """
-    several = writes("delta_rule", q, k, v, (beta,), weights, log_decay, erase_key)
-    if several is None:
-        return scan_tokens(delta_step, q, k, v, (beta,), weights)
-    return _scan_writes(q, several)
-
-
-def _scan_writes(q, several):
-    step = partial(general_step, several.switches)
-    return scan_tokens(step, q, several.k, several.v, several.inputs, several.weights)
+    given = (weights, log_decay, erase_key)
+    switches, n, inputs = switched("delta_rule", q, k, v, (beta,), *given)
+    return by_tokens(switches, n, q, k, v, inputs, weights)
 
 
 def _read(w, q):

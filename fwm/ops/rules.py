@@ -18,6 +18,7 @@ from fwm.ops.chunks import Chunked, mapped, scan_chunks
 from fwm.ops.general import composed
 from fwm.ops.inverse import unit_inverse
 from fwm.ops.recurrent import Input, Rule, Update
+from fwm.ops.whole import delta_whole
 from fwm.registry import Table
 
 
@@ -180,6 +181,8 @@ DELTA = Rule(
         _delta_backward,
         cpu_cut=lambda n_value: (16 if n_value < 64 else 32, 2),
         small_by_tokens=True,
+        whole=delta_whole,
+        whole_size=lambda n_key: min(128, max(32, 1 << (n_key - 1).bit_length())),
     ),
     flops=6,
     update=lambda k, v, beta: Update(v, beta),
@@ -279,10 +282,8 @@ def sum_rule(
         UserError: a chunk_size that is no integer above 0, no token, arrays that do not fit each
             other: nothing broadcasts.
     """
-    several = recurrent.writes("sum_rule", q, k, v, (), weights, log_decay, None)
-    if several is None:
-        return chunks.run(SUM, q, k, v, (), weights, chunk_size=chunk_size)
-    return _run_writes(q, several, chunk_size)
+    switched = recurrent.switched("sum_rule", q, k, v, (), weights, log_decay, None)
+    return _run_switched(*switched, q, k, v, weights, chunk_size)
 
 
 def delta_rule(
@@ -302,12 +303,17 @@ def delta_rule(
     arXiv 2502.10297). Args, results and errors as of `sum_rule`; beta [B, S, N] holds the write
     strengths, erase_key p [B, S, N, K] where the value to remove is read; None: at k.
     """
-    several = recurrent.writes("delta_rule", q, k, v, (beta,), weights, log_decay, erase_key)
-    if several is None:
-        return chunks.run(DELTA, q, k, v, (beta,), weights, chunk_size=chunk_size)
-    return _run_writes(q, several, chunk_size)
+    given = (weights, log_decay, erase_key)
+    switched = recurrent.switched("delta_rule", q, k, v, (beta,), *given)
+    return _run_switched(*switched, q, k, v, weights, chunk_size)
 
 
-def _run_writes(q, several, chunk_size):
-    rule, (_, k, v, inputs, weights) = general.rule(several.switches), several
+def _run_switched(switches, n, inputs, q, k, v, weights, chunk_size):
+    rule = DELTA if switches.delta else SUM
+    if switches.decay or switches.erase:
+        rule = general.rule(switches)
+    if n > 1 and q.shape[0] == 0:
+        return recurrent.by_tokens(switches, n, q, k, v, inputs, weights)
+    if n > 1:
+        rule = general.several(rule, n)
     return chunks.run(rule, q, k, v, inputs, weights, chunk_size=chunk_size)

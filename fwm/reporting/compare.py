@@ -49,7 +49,7 @@ def compare(
         steps = max((int(row["step"]) for row in log_rows(workdir / LOG)), default=0)
         settings = trained.get(workdir, {})
         now = (steps, settings, texts.get(workdir, {}))
-        valid, test = (_exact_perplexity(workdir, split, *now) for split in ("valid", "test"))
+        valid, test = (exact_perplexity(workdir, split, *now) for split in ("valid", "test"))
         table.append([str(workdir), str(steps), valid, test, paper.get(workdir, "-")])
     try:
         draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
@@ -65,13 +65,18 @@ def compare(
     return "\n".join([*lines, figure])
 
 
-def _exact_perplexity(
+def exact_perplexity(
     workdir: Path,
     split: str,
     steps: int,
     trained: Mapping[str, Any],
     texts: Mapping[str, Mapping[str, Any]],
 ) -> str:
+    """What `split`_results.json says of a run of `steps` steps, with notes as `compare` has; or -.
+
+    Raises:
+      UserError: the file is malformed.
+    """
     path = workdir / f"{split}_results.json"
     if not path.exists():
         return "-"

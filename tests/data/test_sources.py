@@ -40,7 +40,8 @@ def test_a_file_is_split_90_5_5_at_the_ends_of_lines(by_tokenizer):
     assert "".join(parts.values()) == PLAIN
     assert all(part.endswith("\n") for part in parts.values())
     shares = [len(part.encode()) / len(PLAIN.encode()) for part in parts.values()]
-    np.testing.assert_allclose(shares, [0.9, 0.05, 0.05], rtol=0, atol=0.01)
+    # To a line of 37 bytes and its neighbour without any, of 3,600.
+    np.testing.assert_allclose(shares, [0.9, 0.05, 0.05], rtol=0, atol=0.011)
     assert read(by_tokenizer["bpe"]) == parts
     words = by_tokenizer["words"]
     for split, stream in words.streams.items():
@@ -127,13 +128,13 @@ def test_subwords_are_of_the_training_split_alone_and_always_the_same(tmp_path):
 
 
 def test_a_word_is_never_cut(tmp_path):
-    one_line = " ".join(f"word{i}" for i in range(400))
+    one_line = " ".join(f"word{i * i % 23}" for i in range(400))
     found = load(tmp_path, one_line)
     assert " ".join(read(found).values()).split() == one_line.split()
     # Without any white space: at a character, in words nowhere.
     chinese = "春天来了花都开了" * 40
     assert "".join(read(load(tmp_path, chinese, tokenizer="characters")).values()) == chinese
-    with pytest.raises(UserError, match=r"no white space where .* tokenizer=characters or bpe"):
+    with pytest.raises(UserError, match=r"no white space where .*tokenizer=characters or bpe"):
         load(tmp_path, chinese)
 
 

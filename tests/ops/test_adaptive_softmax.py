@@ -157,9 +157,14 @@ def test_every_distribution_of_targets():
         jax.tree.map(close, fast(*arguments), slow(*arguments))
 
 
-@pytest.mark.parametrize("blocks", [adaptive._GPU, adaptive._Blocks((40, 9), (64, 5), 300, 300)])
-def test_the_sizes_for_a_gpu_give_the_same(blocks, monkeypatch):
-    monkeypatch.setattr(adaptive, "_CPU", blocks)
+@pytest.mark.parametrize("usual", [0, 7, 1000])
+def test_the_blocks_of_a_gpu_give_the_same(usual, monkeypatch):
+    """Whether a tail has far more tokens than expected, a few more, or none too many."""
+    monkeypatch.setattr(adaptive, "_CPU", adaptive._Blocks((40,), None, 21, 33))
+    if usual:
+        monkeypatch.setattr(adaptive, "_usual_tokens", lambda n, low, high: min(n, usual))
+    else:
+        monkeypatch.setattr(adaptive, "_CPU", adaptive._GPU)
     softmax, options, (params, hidden, _, tables, projs) = make()
     fast, slow = both(softmax, options)  # not those of `one_table`, compiled with other sizes
     head = jnp.arange(hidden[..., 0].size, dtype=jnp.int32).reshape(SHAPE) % 50

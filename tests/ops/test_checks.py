@@ -207,9 +207,19 @@ def decayed_delta_rule(q, k, v, beta, weights):
     return ops.delta_rule(q[:, ::2], k, v, beta, weights, log_decay=-q[:, ::2])
 
 
-@pytest.mark.parametrize("rule", [ops.delta_rule, ops.recurrent.delta_rule, decayed_delta_rule])
-def test_shard_map_with_its_default_checks(rule):
+@pytest.mark.parametrize(
+    ("rule", "platform"),
+    [
+        (ops.delta_rule, "cpu"),
+        (ops.delta_rule, "gpu"),
+        (ops.recurrent.delta_rule, "cpu"),
+        (decayed_delta_rule, "cpu"),
+    ],
+    ids=["chunks", "whole", "tokens", "decay"],
+)
+def test_shard_map_with_its_default_checks(rule, platform, monkeypatch):
     """Rows on two devices, the state on both: values and gradients as on one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     tokens = float32(make_inputs("simplex", 2, 6, 2, 64, 3))[:4]
     state = jnp.ones((1, 2, 64, 3))
 
@@ -238,8 +248,10 @@ def test_shard_map_with_its_default_checks(rule):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_shard_map_of_a_model_without_and_with_rows():
-    """Parameters in bfloat16 too: every gradient has its parameter's dtype."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_shard_map_of_a_model_without_and_with_rows(platform, monkeypatch):
+    """With the forms of either platform."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     sizes = dict(d_model=8, n_head=2, d_head=4, d_inner=8, n_layer=2, cutoffs=(4,))
     model = LanguageModel(ModelConfig(n_token=9, no_pos=True, **sizes))
     ids = jnp.array([[1, 2, 8], [3, 7, 2]])
@@ -258,8 +270,10 @@ def test_shard_map_of_a_model_without_and_with_rows():
         np.testing.assert_array_equal(leaf, 0.0)
 
 
-def test_second_derivatives_of_a_model():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_second_derivatives_of_a_model(platform, monkeypatch):
     """Forward over reverse, against differences of gradients; plain forward mode is refused."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     sizes = dict(d_model=8, n_head=2, d_head=4, d_inner=8, n_layer=2, cutoffs=(4,))
     model = LanguageModel(ModelConfig(n_token=9, feature_map="elu", **sizes))
     ids = jnp.array([[1, 2, 8], [3, 7, 2]])
@@ -284,8 +298,11 @@ def test_second_derivatives_of_a_model():
         jax.jvp(loss, (variables,), (direction,))
 
 
-@pytest.mark.parametrize("rule", ["sum_rule", "delta_rule"])
-def test_forward_mode_names_what_has_it(rule):
+@pytest.mark.parametrize(
+    ("rule", "platform"), [("sum_rule", "cpu"), ("delta_rule", "cpu"), ("delta_rule", "gpu")]
+)
+def test_forward_mode_names_what_has_it(rule, platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     q, k, v, beta, weights = float32(make_inputs("simplex", 1, 3, 1, 40, 2))
     arrays = (q, k, v, beta, weights) if rule == "delta_rule" else (q, k, v, weights)
     with pytest.raises(TypeError, match="forward-mode") as raised:
@@ -295,7 +312,9 @@ def test_forward_mode_names_what_has_it(rule):
     assert jnp.isfinite(tangent[0]).all()
 
 
-def test_gradients_of_bfloat16_parameters():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_gradients_of_bfloat16_parameters(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = jnp.ones((3000, 4), jnp.float32)
     half = lambda *shape: jnp.full(shape, 0.5, jnp.bfloat16)
     d_bias = jax.grad(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 
-from fwm.ops.dropout import Dropout, drop, threefry
+from fwm.ops.dropout import Dropout, drop, keep_mask, threefry
 
 ROWS = Dropout(jax.random.key(5), jnp.arange(4))
 masked = jax.jit(drop, static_argnums=(2, 3))
@@ -60,6 +60,15 @@ def test_dropout_rate_and_scale(rate):
     assert np.max(np.abs(correlations)) < 5 / masks.shape[1] ** 0.5
     # Neighbours come from one random word.
     assert abs(np.corrcoef(masks[:, :-1].ravel(), masks[:, 1:].ravel())[0, 1]) < 0.03
+
+
+def test_masks_are_the_same_everywhere(monkeypatch):
+    shapes = [(4, 5, 7), (4, 8), (0, 3)]
+    make = lambda shape: keep_mask(Dropout(ROWS.key, jnp.arange(shape[0])), 1, 0.4, shape)
+    here = [make(shape) for shape in shapes]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for shape, mask in zip(shapes, here, strict=True):
+        np.testing.assert_array_equal(make(shape), mask)
 
 
 def test_no_dropout_is_the_identity():

@@ -51,7 +51,9 @@ def plain(params, x, source, rate):
     "length", [6, 3000, 2057], ids=["one part", "three parts", "no even parts"]
 )
 @pytest.mark.parametrize("source", [None, ROWS], ids=["evaluation", "dropout"])
-def test_feed_forward_and_its_gradients(source, length):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_feed_forward_and_its_gradients(platform, source, length, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x, weights = normal(0, 4, length, 8), normal(3, 4, length, 8)
     module, params = make(0.3)
 
