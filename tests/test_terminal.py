@@ -29,13 +29,16 @@ class Terminal(io.StringIO):
 def test_a_terminal_is_drawn_on_unless_it_asks_for_plain_text(monkeypatch):
     for name in ("TERM", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    assert terminal.is_live(Terminal())
     assert not terminal.is_live(io.StringIO())
-    for name, value, live in (("NO_COLOR", "", True), ("NO_COLOR", "1", False),
-                              ("TERM", "xterm", True), ("TERM", "dumb", False)):  # fmt: skip
+    assert not terminal.is_colored(io.StringIO())
+    for name, value, live, colored in (
+        ("TERM", "xterm", True, True), ("TERM", "dumb", False, False),
+        ("NO_COLOR", "", True, True), ("NO_COLOR", "1", True, False),
+    ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert terminal.is_live(Terminal()) is live
+            assert terminal.is_colored(Terminal()) is colored
 
 
 def test_a_full_disk_is_said_once_and_the_rest_goes_nowhere(capsys):

@@ -205,7 +205,10 @@ def test_a_run_begins_with_the_weights_of_another(trained, place, tmp_path, caps
     with training.prepare(config, new) as this:
         params = jax.device_get(parallel.first(this.state.params))
         this.checkpoints.save(0, to_host(this.state), valid_loss=None)
-    line = f"Weights of {other}, step 2: 5 of 6 words are matched, 1 are new."
+    line = (
+        f"Weights of {other}, step 2: 5 of 6 words are matched, 1 are new; of the model dropout is "
+        "0.1 there and 0.0 here."
+    )
     assert line in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, params["layers"], learnt["layers"])
     then, now = workdir.open(other).vocab, this.task.vocab

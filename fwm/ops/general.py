@@ -198,9 +198,9 @@ def _levels_backward(levels, dlevels):
         masks += [block & later, block & earlier]
         products += [since * dsince, until * duntil]
         size *= 2
-    own = jnp.concatenate(products, axis=-2)
-    mask = np.concatenate(masks, axis=1).astype(own.dtype)
-    return (jnp.einsum("ti,...if->...tf", mask, own, precision="highest"),)
+    joined = jnp.concatenate(products, axis=-2)
+    mask = np.concatenate(masks, axis=1).astype(joined.dtype)
+    return (jnp.einsum("ti,...if->...tf", mask, joined, precision="highest"),)
 
 
 _levels.defvjp(_levels_forward, _levels_backward)

@@ -202,12 +202,8 @@ def test_no_colour_and_bits_per_character(tmp_path, monkeypatch):
         run(reporter, [10])
         text = stream.getvalue()
     assert "\x1b" not in text
-    assert "\r" not in text
-    step, valid = text.splitlines()
-    assert step.startswith("step 10/30  loss 0.5000  perplexity 1.65  0.7213 bits/character  1,234")
-    assert valid.startswith(
-        ">>> validation at step 10: loss 0.6000  perplexity 1.82  0.8656 bits/ch"
-    )
+    assert "loss 0.5000  perplexity 1.65  0.7213 bits/character  1,234" in text
+    assert ">>> validation at step 10: loss 0.6000  perplexity 1.82  0.8656 bits/ch" in text
 
 
 def test_an_inactive_reporter_does_nothing(tmp_path):
