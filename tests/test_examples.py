@@ -44,10 +44,15 @@ def stop_after_the_first_step(monkeypatch):
 
 TASK = {"train__max_step": 4, "train__eval_interval": 2}
 OWN = {"own_rule": "update_rule", "own_mixer": "mixer", "own_feature_map": "feature_map"}
-# One's own mixer beside another one.
-HYBRID = {
-    "model__width": 3, "model__mixer": "('convolution', 'softmax')", "model__n_layer": 2,
-    "model__attention_window": 4,
+KEYS = {
+    # Its layer carries what it convolves beside the memory.
+    "own_rule": {"model__short_conv": 3, "model__output_gate": True},
+    # Beside another one.
+    "own_mixer": {
+        "model__width": 3, "model__mixer": "('convolution', 'softmax')", "model__n_layer": 2,
+        "model__attention_window": 4,
+    },
+    "own_feature_map": {},
 }  # fmt: skip
 
 
@@ -79,9 +84,8 @@ def test_what_is_ones_own_is_trained_resumed_evaluated_and_writes(
     monkeypatch.chdir(file.parent)
     carry = {} if name == "own_feature_map" else {"train__carry_over_fast_weight": True}
     stopped_and_resumed(
-        train, tmp_path, monkeypatch, file, file.name, model__no_pos=True,
-        **(HYBRID if name == "own_mixer" else {}), **carry,
-    )  # fmt: skip
+        train, tmp_path, monkeypatch, file, file.name, model__no_pos=True, **KEYS[name], **carry
+    )
     whole, given = f"--workdir={tmp_path / 'whole'}", f"--config={file}"
     places = [
         f"--config.data.{k}={place / v}" for k, v in (("dir", "text"), ("cache_dir", "cache"))
