@@ -1,8 +1,7 @@
 """Three layers of fast weights, then one of softmax attention in a sliding window.
 
     python main.py --config=configs/hybrid.py:small --config.data.dir=/data/wikitext-103
-    python main.py --config=configs/hybrid.py:small,carry_over_fast_weight \
-        --config.data.dir=/data/wikitext-103
+    python main.py --config=configs/hybrid.py:tiny,carry_over_fast_weight
 
 The delta rule with SiLU features of L2 norm 1, and softmax layers in between that see a window
 only, so that memory and time per token stay constant: the hybrids of Yang et al. 2024 (arXiv

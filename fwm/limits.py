@@ -42,6 +42,11 @@ def whole(low: int, high: int = INT32) -> Kind:
     )
 
 
+def none_or_several(none: str, several: str) -> Kind:
+    """Tokens: 0, which means `none`, or at least 2, which means `several`; 1 would mean nothing."""
+    return Kind(f"0 ({none}) or at least 2 ({several})", lambda x: whole(0).fits(x) and x != 1)
+
+
 def number(which: str, fits: Callable[[Any], bool]) -> Kind:
     """Finite numbers that are `which`, as in "above 0"."""
     return Kind(f"a number {which}", lambda x: _is_finite(x) and fits(x))

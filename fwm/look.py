@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from fwm import generate
 from fwm.layers import Block, Shared
-from fwm.layers.parts import countdown, sinusoid
 from fwm.model import LanguageModel, layer_of
 from fwm.ops import FastWeightState
 from fwm.tasks import TASKS
@@ -64,10 +63,7 @@ def memories(
     """What the memory of each layer holds after these tokens, as one segment without a past."""
     config = model.config
     row = jnp.asarray(tokens)[None]
-    x = model.apply(variables, row, method=lambda m, t: m.embedding(t))
-    x = x * config.d_model**0.5
-    if config.make_mixers()[0].adds_positions and not config.no_pos:
-        x = x + sinusoid(countdown(len(tokens), config.clamp_len), config.d_model)[None]
+    x, _ = model.apply(variables, row, method="embedded")
     x, found = x.astype(config.dtype), []
     names = itertools.cycle(config.pattern)
     for number, name in zip(range(config.n_layer), names, strict=False):

@@ -145,16 +145,24 @@ class LanguageModel(nn.Module):
             keys = jax.random.split(dropout.key, c.n_layer + 1)
             own = Dropout(keys[-1], dropout.rows)
             keys = keys[:-1]
-        x, tables = self.embedding.with_tables(tokens)
-        x = x * c.d_model**0.5
-        if c.make_mixers()[0].adds_positions and not c.no_pos:  # all mixers of a pattern agree
-            positions = sinusoid(countdown(tokens.shape[1], c.clamp_len), c.d_model)
-            x = x + positions[None].astype(x.dtype)
+        x, tables = self.embedded(tokens)
         x = drop(x, own, EMBEDDING_SITE, c.dropout).astype(c.dtype)
         x, memory = self._layers(x, memory, keys, own, last)
         if c.norm == "pre":
             x = self.final_norm(x)
         return drop(x, own, HIDDEN_SITE, c.dropout), memory, tables
+
+    def embedded(
+        self, tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
+        """What the first layer reads, but for dropout and dtype; the embedding's tables."""
+        c = self.config
+        x, tables = self.embedding.with_tables(tokens)
+        x = x * c.d_model**0.5
+        if c.make_mixers()[0].adds_positions and not c.no_pos:  # all mixers of a pattern agree
+            positions = sinusoid(countdown(tokens.shape[1], c.clamp_len), c.d_model)
+            x = x + positions[None].astype(x.dtype)
+        return x, tables
 
     def _layers(
         self, x: Array, memory: Any, keys: Any, own: Dropout | None, last: int | None

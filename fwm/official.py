@@ -10,6 +10,7 @@ torch is needed for a model.pt alone. It reads arrays, and nothing that a file c
 what the toolkit's train.py saves, a whole module, is a program and is refused.
 """
 
+import shlex
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from fwm.checkpoint import Checkpoints
 from fwm.config import defaults, model_keys
 from fwm.data import Vocabulary
 from fwm.errors import UserError
-from fwm.files import lock_workdir, read_json, write_json
+from fwm.files import lock_workdir, read_json, replacing, write_json
 from fwm.interop import arguments_to_lmtool, from_lmtool, to_lmtool
 from fwm.terminal import say
 
@@ -129,10 +130,10 @@ def import_run(path: Path, workdir: Path, overrides: Mapping[str, Any]) -> int:
     drawn = (
         " Its FAVOR+ projections, which no state_dict has, were drawn anew." if variables else ""
     )
+    text = "" if config.data.dir or config.data.file else " --config.data.dir=FOLDER"
     say(
         f"{path}: {size:,} parameters, {len(vocab):,} words, now a run in {workdir}.{drawn}\n"
-        f"Exact perplexity: python main.py --mode=valid --workdir={workdir} "
-        f"--config.data.dir={config.data.dir or 'FOLDER'}"
+        f"Exact perplexity: python main.py --mode=valid --workdir={shlex.quote(str(workdir))}{text}"
     )
     return 0
 
@@ -162,13 +163,11 @@ def export_run(config: Any, workdir: Path, path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(others[0], arguments)
     run.vocab.save(others[1])
-    # Whole or not there at all.
-    partial = path.with_name(f"partial-{path.name}")
-    if torch is None:
-        np.savez(partial, **tensors)
-    else:
-        torch.save({name: torch.tensor(x) for name, x in tensors.items()}, partial)
-    partial.replace(path)
+    with replacing(path) as partial, partial.open("wb") as out:
+        if torch is None:
+            np.savez(out, **tensors)
+        else:
+            torch.save({name: torch.tensor(x) for name, x in tensors.items()}, out)
     names = ", ".join(str(file) for file in (path, *others))
     say(f"{workdir}, step {run.step}, as the official toolkit has it: {names}")
     return 0

@@ -38,7 +38,9 @@ ALLOWED = {
     "fwm.reporting.compare": {
         "fwm.errors", "fwm.files", "fwm.reporting.figures", "fwm.reporting.sinks"
     },
-    "fwm.reporting.report": {"fwm.errors", "fwm.reporting.compare", "fwm.reporting.sinks"},
+    "fwm.reporting.report": {
+        "fwm.errors", "fwm.files", "fwm.reporting.compare", "fwm.reporting.sinks"
+    },
     "fwm.reporting.trace": set(),
     "fwm.reporting.reporter": {
         "fwm.perplexity", "fwm.reporting.figures", "fwm.reporting.sinks", "fwm.terminal"

@@ -55,21 +55,22 @@ def test_there_and_back(run, place, exported, tmp_path):
     assert (arguments["attn_type"], arguments["n_roll"], arguments["tgt_len"]) == (26, 2, 8)
     data = [f"--config.data.dir={place / 'text'}", "--config.data.name=text"]
     data += [f"--config.data.cache_dir={place / 'cache'}"]
-    status, out, err = import_(exported / "model.npz", tmp_path / "b", *data)
+    status, out, err = import_(exported / "model.npz", tmp_path / "a copy", *data)
     assert (status, err) == (0, "")
-    assert f" parameters, 6 words, now a run in {tmp_path / 'b'}.\n" in out
-    same_parameters(run, tmp_path / "b")
-    origin = read_json(tmp_path / "b" / "config.json")["begun_from"]
+    assert f" parameters, 6 words, now a run in {tmp_path / 'a copy'}.\n" in out
+    assert out.endswith(f"--mode=valid --workdir='{tmp_path / 'a copy'}'\n")
+    same_parameters(run, tmp_path / "a copy")
+    origin = read_json(tmp_path / "a copy" / "config.json")["begun_from"]
     assert origin == {"official": str(exported / "model.npz")}
     # It is evaluated as the run that it came from is.
-    for folder in (run, tmp_path / "b"):
+    for folder in (run, tmp_path / "a copy"):
         assert evaluate("valid", folder)[0] == 0
-    ours, theirs = (read_json(f / "valid_results.json") for f in (tmp_path / "b", run))
+    ours, theirs = (read_json(f / "valid_results.json") for f in (tmp_path / "a copy", run))
     assert ours["mean_nll"] == theirs["mean_nll"]
     assert (ours["window"], ours["tokens"]) == (8, 23)
     # And goes back as it came.
     again = tmp_path / "again" / "model.npz"
-    assert evaluate("export", tmp_path / "b", f"--official={again}")[0] == 0
+    assert evaluate("export", tmp_path / "a copy", f"--official={again}")[0] == 0
     for name in ("arguments.json", "vocab.txt"):
         assert (again.parent / name).read_bytes() == (exported / name).read_bytes()
     with np.load(again) as a, np.load(exported / "model.npz") as b:

@@ -17,15 +17,12 @@ from fwm import ops
 from fwm.errors import UserError
 from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import Heads, norm_init, project
-from fwm.limits import SIZE, Kind, number, one_of, whole
+from fwm.limits import SIZE, none_or_several, number, one_of, whole
 from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
 
 DECAYS = ("none", "constant", "head", "channel")
-CONVOLUTION = Kind(
-    "0 (none) or at least 2 tokens (a token and the one before)",
-    lambda x: whole(0).fits(x) and x != 1,
-)
+CONVOLUTION = none_or_several("none", "a token and the one before")
 
 
 class ConvolvedState(NamedTuple):

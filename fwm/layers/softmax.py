@@ -12,15 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import attention_dropout, project
-from fwm.limits import Kind, whole
+from fwm.limits import none_or_several
 from fwm.ops import softmax
 from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
 
-WINDOW = Kind(
-    "0 (a token sees all before it) or at least 2 (itself and the one before)",
-    lambda x: whole(0).fits(x) and x != 1,
-)
+WINDOW = none_or_several("a token sees all before it", "itself and the one before")
 
 
 class WindowMemory(NamedTuple):

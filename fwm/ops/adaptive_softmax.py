@@ -302,9 +302,8 @@ def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_
     return by.unsort(nll), {kind: x[: by.total] for kind, x in lse.items()}
 
 
-def _by_platform(function: Callable, *arguments: Any) -> Any:
-    """function(blocks, *arguments) with the blocks of the platform that it is compiled for."""
-    return function(_CPU if on_cpu() else _GPU, *arguments)
+def _blocks() -> _Blocks:
+    return _CPU if on_cpu() else _GPU
 
 
 def nll(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
@@ -318,11 +317,11 @@ def nll(clusters, hiddens, tables, biases, cluster_weight, cluster_bias, targets
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(clusters, *arguments):
-    return _by_platform(partial(_forward, clusters), *arguments)[0]
+    return _forward(clusters, _blocks(), *arguments)[0]
 
 
 def _nll_fwd(clusters, *arguments):
-    nll, lse = _by_platform(partial(_forward, clusters), *arguments)
+    nll, lse = _forward(clusters, _blocks(), *arguments)
     return nll, (arguments, lse)
 
 
@@ -367,7 +366,7 @@ def _add_gradients(group: _Group, by: _Sorted, h, table, bias, g, lse, gradients
 
 
 def _nll_bwd(clusters, saved, g):
-    return *_by_platform(partial(_backward, clusters), saved, g), None
+    return *_backward(clusters, _blocks(), saved, g), None
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -323,3 +323,8 @@ def scan_chunks(step: Callable, carry: Any, chunks: Any, reverse: bool = False) 
     """`jax.lax.scan` over the chunks of a group; a few are unrolled."""
     n_chunk = len(jax.tree.leaves(chunks)[0])
     return jax.lax.scan(step, carry, chunks, reverse=reverse, unroll=n_chunk if n_chunk <= 8 else 1)
+
+
+def copy_t(x: Array) -> Array:
+    """x^T as an array of its own, which XLA does not fold into the matmul that reads it."""
+    return jax.lax.optimization_barrier(x.mT)

@@ -28,8 +28,8 @@ import numpy as np
 from jaxtyping import Array
 
 from fwm.ops import recurrent
-from fwm.ops.chunks import Chunked, scan_chunks
-from fwm.ops.inverse import unit_inverse
+from fwm.ops.chunks import Chunked, copy_t, scan_chunks
+from fwm.ops.inverse import exact, unit_inverse
 from fwm.ops.recurrent import Input, Rule, Switches, Update
 
 # Without barriers XLA would compute the levels anew, each inside all later ones.
@@ -257,12 +257,12 @@ def _forward(parts, m, q, k, v, *inputs):
 def _backward(parts, dm, kept, dout, q, k, v, *inputs):
     start, inverse, wrong = kept
     c, pull = jax.vjp(parts, q, k, v, *inputs)
-    written = _copy_t(c.v) if wrong is None else _matmul_t(c.beta.mT * wrong, inverse)
+    written = copy_t(c.v) if wrong is None else _matmul_t(c.beta.mT * wrong, inverse)
     before = start[None]
     if len(q) > 1:
         forth = lambda m, chunk: (_next(m, *chunk), m)
         _, before = scan_chunks(forth, start, (written, c.tail, c.whole))
-    dout_t = _copy_t(dout)
+    dout_t = copy_t(dout)
 
     def step(dm, chunk):
         tail, whole, beta, p_start, inverse, dwritten, dm_reads = chunk
@@ -270,14 +270,14 @@ def _backward(parts, dm, kept, dout, q, k, v, *inputs):
         dwritten = dwritten + _matmul_t(dm, tail)
         dm = dm_reads + (dm if whole is None else dm * whole)
         if beta is not None:
-            dwritten = _matmul(dwritten, inverse)
-            dm = dm - _matmul(beta.mT * dwritten, p_start)
+            dwritten = exact(dwritten, inverse)
+            dm = dm - exact(beta.mT * dwritten, p_start)
         return dm, (after, dwritten)
 
-    dwritten, dm_reads = _matmul(dout_t, c.reads), _matmul(dout_t, c.q_start)
+    dwritten, dm_reads = exact(dout_t, c.reads), exact(dout_t, c.q_start)
     each = (c.tail, c.whole, c.beta, c.p_start, inverse, dwritten, dm_reads)
     dm, (after, dwritten) = scan_chunks(step, dm, each, reverse=True)
-    dtail = _matmul(_copy_t(written), after)
+    dtail = exact(copy_t(written), after)
     dwhole = None
     if c.whole is not None:
         dwhole = jnp.sum(after * before, axis=-2, keepdims=True)
@@ -286,7 +286,7 @@ def _backward(parts, dm, kept, dout, q, k, v, *inputs):
     left, right = [dout], jnp.concatenate([written, before], axis=-1)
     if c.beta is not None:
         left.append(-dwritten.mT)
-    both = _matmul(jnp.concatenate(left, axis=-2), right)
+    both = exact(jnp.concatenate(left, axis=-2), right)
     size = q.shape[-2]
     dreads, dq_start = both[..., :size, :size], both[..., :size, size:]
     if c.beta is None:
@@ -301,18 +301,9 @@ def _backward(parts, dm, kept, dout, q, k, v, *inputs):
 
 
 def _next(m, written, tail, whole):
-    return _matmul(written, tail) + (m if whole is None else m * whole)
-
-
-def _matmul(a, b):
-    return jnp.einsum("...ij,...jk->...ik", a, b, precision="highest")
+    return exact(written, tail) + (m if whole is None else m * whole)
 
 
 def _matmul_t(a, b):
     """a b^T."""
     return jnp.einsum("...ij,...kj->...ik", a, b, precision="highest")
-
-
-def _copy_t(x):
-    """x^T as an array of its own, which XLA does not fold into the matmul that reads it."""
-    return jax.lax.optimization_barrier(x.mT)

@@ -38,7 +38,7 @@ def unit_inverse(s: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
         upper, lower = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         n_block = size // width
         corner = blocks(range(1, n_block, 2), range(0, n_block, 2))
-        corner = -_exact(lower, _exact(corner, upper))
+        corner = -exact(lower, exact(corner, upper))
         top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
         inverse = jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
         width *= 2
@@ -62,11 +62,13 @@ def unit_inverse_by_halves(s: Float[Array, "*batch C C"]) -> Float[Array, "*batc
     half = size // 2
     diagonal = jnp.stack([s[..., :half, :half], s[..., half:, half:]], axis=-3)
     upper, lower = jnp.moveaxis(unit_inverse_by_halves(diagonal), -3, 0)
-    corner = -_exact(lower, _exact(s[..., half:, :half], upper))
+    corner = -exact(lower, exact(s[..., half:, :half], upper))
     top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
     return jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
 
 
-def _exact(a, b):
-    # Full float32 on GPU too: an error in the inverse is an error in every later state.
+def exact(
+    a: Float[Array, "*batch I J"], b: Float[Array, "*batch J K"]
+) -> Float[Array, "*batch I K"]:
+    """a b in full float32 on GPU too: an error in the inverse is an error in every later state."""
     return jnp.einsum("...ij,...jk->...ik", a, b, precision="highest")

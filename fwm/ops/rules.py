@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from fwm.errors import UserError
 from fwm.ops import chunks, general, recurrent
-from fwm.ops.chunks import Chunked, mapped, scan_chunks
+from fwm.ops.chunks import Chunked, copy_t, mapped, scan_chunks
 from fwm.ops.general import composed
 from fwm.ops.inverse import unit_inverse
 from fwm.ops.recurrent import Input, Rule, Update
@@ -23,7 +23,7 @@ from fwm.registry import Table
 
 
 def _sum_forward(m, q, k, v):
-    start, written = m, _copy_t(v)
+    start, written = m, copy_t(v)
     m, before = scan_chunks(_add, m, _matmul(written, k))
     return m, _outputs(before, written, q, k), start
 
@@ -31,7 +31,7 @@ def _sum_forward(m, q, k, v):
 def _sum_backward(dm, start, dout, q, k, v):
     # Exact also for a memory that was carried in: `before` holds it. The official CUDA kernel
     # restarts from zeros here, so that its dq lacks the carried part.
-    written, dout_t = _copy_t(v), _copy_t(dout)
+    written, dout_t = copy_t(v), copy_t(dout)
     before = _before(start, written, k)
     dm, after = scan_chunks(_add, dm, _matmul(dout_t, q), reverse=True)
     dv = (_matmul(dout_t, _reads(q, k)) + _matmul_t(after, k)).mT
@@ -59,7 +59,7 @@ def _delta_forward(m, q, k, v, beta):
 
 def _delta_backward(dm, kept, dout, q, k, v, beta):
     start, inverse, errors = kept
-    written, dout_t = beta.mT * errors, _copy_t(dout)
+    written, dout_t = beta.mT * errors, copy_t(dout)
     before = _before(start, written, k)
 
     def step(dm, chunk):
@@ -110,11 +110,6 @@ def _matmul(a, b):
 def _matmul_t(a, b):
     """a b^T."""
     return jnp.einsum("...ij,...kj->...ik", a, b)
-
-
-def _copy_t(x):
-    """x^T as an array of its own, which XLA does not fold into the matmul that reads it."""
-    return jax.lax.optimization_barrier(x.mT)
 
 
 def running_key_sums(

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fwm.errors import UserError
+from fwm.files import write_text
 from fwm.reporting.compare import exact_perplexity
 from fwm.reporting.sinks import LOG, log_rows
 
@@ -77,10 +78,9 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
         body="\n".join(body),
         script=script,
     )
-    partial = out.with_name(out.name + ".tmp")
     try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        partial.replace(out)
+        # Half a character, as a damaged text may have, becomes a question mark.
+        write_text(out, page.encode("utf-8", errors="replace").decode("utf-8"))
     except OSError as error:
         raise UserError(f"the report {out} cannot be written: {error}.") from error
 
