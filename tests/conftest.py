@@ -48,6 +48,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What a module registers, as by a config file of one's own, does not outlive it."""
+    from fwm import registry
+
+    before = [(table, set(table)) for table in registry._tables]
+    yield
+    for table, names in before:
+        for name in set(table) - names:
+            del table[name]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a text, where calls of main.py keep what they cache."""

@@ -20,17 +20,6 @@ from fwm.tasks import TASKS
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forgotten():
-    """What the examples register does not outlive the module: other tests have none of it."""
-    tables = (UPDATE_RULES, FEATURE_MAPS, MIXERS, TASKS)
-    before = [set(table) for table in tables]
-    yield
-    for table, names in zip(tables, before, strict=True):
-        for name in set(table) - names:
-            del table[name]
-
-
 def stop_after_the_first_step(monkeypatch):
     plain = Reporter.train
 

@@ -117,7 +117,7 @@ values = st.one_of(st.text(max_size=8), st.sampled_from(["1e999", "()", "(1,", "
 def test_any_command_line_is_parsed_or_refused_in_a_sentence(options, name, value):
     flags = [f"--config=configs/dpfp_delta.py{options}", f"--config.{name}={value}"]
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(train, "run", lambda config, workdir, job_name: 0)
+        patch.setattr(train, "run", lambda config, workdir, job_name, extend: 0)
         status, _, err = call(*flags, f"--workdir={folder}")
         patch.undo()
     assert status in (0, 2), err

@@ -60,7 +60,7 @@ def test_training_ends_with_what_to_do_next(trained):
 
 
 def test_a_finished_run_is_not_trained_again(trained, train, tmp_path):
-    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    workdir = shutil.copytree(trained[0], tmp_path / "my run")
     before = contents(workdir / "checkpoints")
     status, out, err = train(workdir)
     assert (status, err) == (0, "")

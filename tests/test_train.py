@@ -239,7 +239,7 @@ def test_divergence_stops_with_a_sentence(place, whole, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "init_state", broken)
     with pytest.raises(UserError, match=r"diverged at step 1: loss nan.*smaller config\.train\.lr"):
         train.run(settings(place, "fast_weight"), tmp_path)
-    assert not (tmp_path / "checkpoints").exists()
+    assert Checkpoints(tmp_path / "checkpoints").steps() == []
 
 
 def poison(monkeypatch, bad):

@@ -26,6 +26,7 @@ from fwm.errors import UserError
 
 BLOCK_BYTES = 1 << 19
 TEXT_BYTES = 1 << 16  # smaller, as some of what reads text needs a hundred bytes a character
+HEAD_BYTES = 1 << 12  # of a file that are looked at before it is read
 # Below this a second process costs more than it saves.
 PARALLEL_BYTES = 1 << 24
 # What ends a word or line beside the space, the newline and the tab, and the byte that pads words.
@@ -77,6 +78,8 @@ def texts(file: io.BufferedIOBase, name: str, length: int = -1) -> Iterator[str]
       UserError: it is not UTF-8; the file is called `name`.
     """
     begin = position = file.tell()
+    if begin == 0:
+        _refuse_wide(file, name)
     left = length if length >= 0 else sys.maxsize
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     first = begin == 0
@@ -88,7 +91,6 @@ def texts(file: io.BufferedIOBase, name: str, length: int = -1) -> Iterator[str]
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(name, position - len(error.object) + error.start)) from None
         if first and text:
-            _refuse_wide(name, text)
             text, first = text.removeprefix("\ufeff"), False
         if text:
             yield text
@@ -100,9 +102,15 @@ def _not_utf8(name: str, position: int) -> str:
     return f"{name} is not UTF-8 text: byte {position} cannot be read; convert the file to UTF-8."
 
 
-def _refuse_wide(name: str, text: str) -> None:
-    """UTF-16 without a byte order mark is UTF-8 as well, with NUL in every other place."""
-    if text.count("\0") > len(text) // 8:
+def _refuse_wide(file: io.BufferedIOBase, name: str) -> None:
+    """UTF-16 without a byte order mark is UTF-8 as well, with NUL in every other place.
+
+    Reads what a file begins with, and goes back.
+    """
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    # A mark is no UTF-8 at all, which whoever decodes it says.
+    if head[:1] not in (b"\xff", b"\xfe") and head.count(b"\0") > len(head) // 8:
         raise UserError(
             f"{name} is not UTF-8 text: it has NUL every few characters, as UTF-16 has; convert the"
             " file to UTF-8."
@@ -138,6 +146,8 @@ def _pieces(span: Span) -> Iterator[tuple[bytes, str]]:
     """Yield a span in pieces that end at white space, as bytes and as text."""
     with open(span.path, "rb") as file:
         position, rest = span.start, b""
+        if position == 0:
+            _refuse_wide(file, span.path)
         if position == 0 and file.read(len(BOM_UTF8)) == BOM_UTF8:
             position = len(BOM_UTF8)
         file.seek(position)
@@ -154,8 +164,6 @@ def _pieces(span: Span) -> Iterator[tuple[bytes, str]]:
                 text = rest[:cut].decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(_not_utf8(span.path, position + error.start)) from None
-            if position == span.start:
-                _refuse_wide(span.path, text)
             yield rest[:cut], text
             position, rest = position + cut, rest[cut:]
 
