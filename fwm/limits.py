@@ -44,7 +44,9 @@ def whole(low: int, high: int = INT32) -> Kind:
 
 def none_or_several(none: str, several: str) -> Kind:
     """0 tokens, which means `none`, or at least 2, which mean `several`; 1 would mean nothing."""
-    return Kind(f"0 ({none}) or at least 2 tokens ({several})", lambda x: whole(0).fits(x) and x != 1)
+    return Kind(
+        f"0 ({none}) or at least 2 tokens ({several})", lambda x: whole(0).fits(x) and x != 1
+    )
 
 
 def number(which: str, fits: Callable[[Any], bool]) -> Kind:
