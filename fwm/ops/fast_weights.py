@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fwm.errors import UserError
+from fwm.ops import segments
 from fwm.ops.checks import check
 from fwm.ops.chunks import mapped
 from fwm.ops.rules import UPDATE_RULES, run, running_key_sums
@@ -23,17 +24,17 @@ class FastWeightState(NamedTuple):
     key_sum: Float[Array, "B N K"]
 
 
-# (rule, q, k, v, inputs, log_decay, state, key_sums, eps) -> out, weights; q, k are features.
+# (rule, q, k, v, inputs, log_decay, begins, state, key_sums, eps) -> out, weights; q, k features.
 
 
-def _normalize_output(rule, q, k, v, inputs, log_decay, state, key_sums, eps):
+def _normalize_output(rule, q, k, v, inputs, log_decay, begins, state, key_sums, eps):
     """Divide the output by z_t . q_t + eps."""
     wide = v.astype(key_sums.dtype)  # what is divided overflows 16 bits
     out, weights = run(rule, q, k, wide, inputs, state.weights, log_decay=log_decay)
     return _divide(out, q, key_sums, eps).astype(v.dtype), weights
 
 
-def _normalize_output_and_key(rule, q, k, v, inputs, log_decay, state, key_sums, eps):
+def _normalize_output_and_key(rule, q, k, v, inputs, log_decay, begins, state, key_sums, eps):
     """As `output`; and with d_t = z_(t-1) . k_t, write k_t / (d_t + eps) with strength beta_t d_t.
 
     d_0 is 1 where no key has come in yet: nothing has been written that would have to be removed.
@@ -43,12 +44,14 @@ def _normalize_output_and_key(rule, q, k, v, inputs, log_decay, state, key_sums,
     d = jnp.sum(before * k.astype(dtype), axis=-1)
     empty = jnp.all(state.key_sum == 0, axis=-1)
     d = d.at[:, 0].set(jnp.where(empty, 1, d[:, 0]))
+    if begins is not None:
+        d = jnp.where(begins[..., None], 1, d)
     scaled = k.astype(dtype) / (d + eps)[..., None]
     inputs = tuple(
         x.astype(dtype) * d if i.name == "beta" else x
         for i, x in zip(rule.inputs, inputs, strict=True)
     )
-    out, weights = run(rule, q, scaled, v.astype(dtype), inputs, state.weights)
+    out, weights = run(rule, q, scaled, v.astype(dtype), inputs, state.weights, log_decay=log_decay)
     return _divide(out, q, key_sums, eps).astype(v.dtype), weights
 
 
@@ -117,6 +120,7 @@ def fast_weight_attention(
     inputs: Mapping[str, Float[Array, "B S N *F"]] = MappingProxyType({}),
     log_decay: Float[Array, "B T N *F"] | None = None,
     features: jax.tree_util.Partial | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     eps: float = 1e-5,
 ) -> tuple[Float[Array, "B T N V"], FastWeightState]:
     """Write the tokens into the memory by a rule, read it, and normalise (paper, section 4.2).
@@ -133,6 +137,8 @@ def fast_weight_attention(
         log_decay: of the memory before a token, at most 0, per head or per key feature; None: 0.
         features: the map of q and k [..., H] to features [..., K] (which, for the delta rule, sum
             to one). None: q and k are features already.
+        segment_ids: documents that a row is packed with: memory and sums of keys begin anew where
+            the id changes, and at the first token where it is not 0. None: one, which goes on.
         eps: added to each divisor.
 
     Returns:
@@ -141,7 +147,8 @@ def fast_weight_attention(
 
     Raises:
         UserError: an unknown name, a normalisation without meaning for the rule, something that
-            the rule reads missing or superfluous, arrays that do not fit each other.
+            the rule reads missing or superfluous, arrays that do not fit each other, documents for
+            a rule that cannot forget.
     """
     several = q.shape[1] != k.shape[1]
     check_composition(update_rule, attn_normalization, log_decay is not None, 1 + several)
@@ -157,12 +164,31 @@ def fast_weight_attention(
     # The width of q and k is that of the state's keys only where no map stands between.
     width = "K" if features is None else "H"
     writes = "B S N" if several else "B T N"
-    arrays = {"q": (q, f"B T N {width}"), "k": (k, f"{writes} {width}"), "v": (v, f"{writes} V")}
+    arrays: dict[str, Any] = {
+        "q": (q, f"B T N {width}"),
+        "k": (k, f"{writes} {width}"),
+        "v": (v, f"{writes} V"),
+    }
     arrays |= {i.name: (given[i.name], i.axes(writes)) for i in rule.inputs}
     if state is not None:
         arrays["weights"] = (state.weights, "B N K V")
         arrays["key_sum"] = (state.key_sum, "B N K")
+    if segment_ids is not None:
+        arrays["segment_ids"] = (segment_ids, "B T", jnp.integer)
     check("fast_weight_attention", **arrays)
+    begins = None
+    if segment_ids is not None:
+        sums = ATTN_NORMALIZATIONS[attn_normalization] is not None
+        if rule.update is None or (sums and rule.key_sums is not running_key_sums):
+            raise UserError(
+                f"update_rule {update_rule} cannot forget where a document begins: make it with "
+                "fwm.ops.composed and use attn_normalization=none, or pack no documents."
+            )
+        begins = segments.begins(segment_ids)
+        if log_decay is None:
+            log_decay = jnp.zeros((*begins.shape, v.shape[2]))
+        at = begins.reshape(*begins.shape, *(1,) * (log_decay.ndim - 2))
+        log_decay = jnp.where(at, -jnp.inf, log_decay)
     if state is None:
         dtype = np.promote_types(np.float32, v.dtype)
         n_batch, _, n_head, n_key = jax.eval_shape(lambda k: mapped(features, k), k).shape
@@ -184,6 +210,6 @@ def fast_weight_attention(
         assert rule.key_sums is not None  # check_composition has seen to it
         decays = {} if log_decay is None else {"log_decay": log_decay}
         key_sums = rule.key_sums(k, state.key_sum, *read, **decays)
-        out, weights = normalization(rule, q, k, v, read, log_decay, state, key_sums, eps)
+        out, weights = normalization(rule, q, k, v, read, log_decay, begins, state, key_sums, eps)
         key_sum = key_sums[:, -1]
     return out, FastWeightState(weights, key_sum)
