@@ -30,7 +30,8 @@ class FastWeightState(NamedTuple):
 def _normalize_output(rule, q, k, v, inputs, log_decay, begins, state, key_sums, eps):
     """Divide the output by z_t . q_t + eps."""
     wide = v.astype(key_sums.dtype)  # what is divided overflows 16 bits
-    out, weights = run(rule, q, k, wide, inputs, state.weights, log_decay=log_decay)
+    switches = {"log_decay": log_decay, "begins": begins}
+    out, weights = run(rule, q, k, wide, inputs, state.weights, **switches)
     return _divide(out, q, key_sums, eps).astype(v.dtype), weights
 
 
@@ -51,13 +52,24 @@ def _normalize_output_and_key(rule, q, k, v, inputs, log_decay, begins, state, k
         x.astype(dtype) * d if i.name == "beta" else x
         for i, x in zip(rule.inputs, inputs, strict=True)
     )
-    out, weights = run(rule, q, scaled, v.astype(dtype), inputs, state.weights, log_decay=log_decay)
+    switches = {"log_decay": log_decay, "begins": begins}
+    out, weights = run(rule, q, scaled, v.astype(dtype), inputs, state.weights, **switches)
     return _divide(out, q, key_sums, eps).astype(v.dtype), weights
 
 
 def _divide(out, q, key_sums, eps):
     divisor = jnp.sum(key_sums * q.astype(key_sums.dtype), axis=-1, keepdims=True) + eps
     return (out.astype(divisor.dtype) / divisor).astype(out.dtype)
+
+
+def _of_last_document(segment_ids, k, key_sum):
+    """The keys and the sum of keys before them, zeros where they are of an earlier document."""
+    documents = segments.numbered(segment_ids)
+    own, carried = documents == documents[:, -1:], documents[:, -1] == 0
+    return (
+        jnp.where(own[..., None, None], k, 0),
+        jnp.where(carried[:, None, None], key_sum, 0),
+    )
 
 
 # None: the output stays as it is.
@@ -147,8 +159,8 @@ def fast_weight_attention(
 
     Raises:
         UserError: an unknown name, a normalisation without meaning for the rule, something that
-            the rule reads missing or superfluous, arrays that do not fit each other, documents for
-            a rule that cannot forget.
+            the rule reads missing or superfluous, arrays that do not fit each other, documents and
+            sums of keys that the rule makes in a way of its own.
     """
     several = q.shape[1] != k.shape[1]
     check_composition(update_rule, attn_normalization, log_decay is not None, 1 + several)
@@ -176,19 +188,15 @@ def fast_weight_attention(
     if segment_ids is not None:
         arrays["segment_ids"] = (segment_ids, "B T", jnp.integer)
     check("fast_weight_attention", **arrays)
-    begins = None
+    normalization, begins = ATTN_NORMALIZATIONS[attn_normalization], None
     if segment_ids is not None:
-        sums = ATTN_NORMALIZATIONS[attn_normalization] is not None
-        if rule.update is None or (sums and rule.key_sums is not running_key_sums):
-            raise UserError(
-                f"update_rule {update_rule} cannot forget where a document begins: make it with "
-                "fwm.ops.composed and use attn_normalization=none, or pack no documents."
-            )
         begins = segments.begins(segment_ids)
-        if log_decay is None:
-            log_decay = jnp.zeros((*begins.shape, v.shape[2]))
-        at = begins.reshape(*begins.shape, *(1,) * (log_decay.ndim - 2))
-        log_decay = jnp.where(at, -jnp.inf, log_decay)
+        if normalization is not None and rule.key_sums is not running_key_sums:
+            raise UserError(
+                f"attn_normalization={attn_normalization} divides by a sum of keys that begins "
+                f"anew with each document, and update_rule {update_rule} makes its own without: "
+                "use none, or pack no documents."
+            )
     if state is None:
         dtype = np.promote_types(np.float32, v.dtype)
         n_batch, _, n_head, n_key = jax.eval_shape(lambda k: mapped(features, k), k).shape
@@ -199,16 +207,20 @@ def fast_weight_attention(
     # What is summed over tokens is kept in float32, whatever was handed in.
     wide = lambda x: x.astype(np.promote_types(np.float32, x.dtype))
     state = FastWeightState(wide(state.weights), wide(state.key_sum))
-    normalization = ATTN_NORMALIZATIONS[attn_normalization]
     if normalization is None:
-        out, weights = run(rule, q, k, v, read, state.weights, features, log_decay=log_decay)
+        switches = {"log_decay": log_decay, "begins": begins}
+        out, weights = run(rule, q, k, v, read, state.weights, features, **switches)
         key_sum = state.key_sum
         if rule.key_sums is not None and log_decay is None and not several:
-            key_sum = rule.key_sums(mapped(features, k), key_sum, *read, last=True)
+            k = mapped(features, k)
+            if segment_ids is not None:
+                k, key_sum = _of_last_document(segment_ids, k, key_sum)
+            key_sum = rule.key_sums(k, key_sum, *read, last=True)
     else:
         q, k = mapped(features, q), mapped(features, k)
         assert rule.key_sums is not None  # check_composition has seen to it
-        decays = {} if log_decay is None else {"log_decay": log_decay}
+        forgets = segments.forgetting(begins, log_decay, k.shape[2])
+        decays = {} if forgets is None else {"log_decay": forgets}
         key_sums = rule.key_sums(k, state.key_sum, *read, **decays)
         out, weights = normalization(rule, q, k, v, read, log_decay, begins, state, key_sums, eps)
         key_sum = key_sums[:, -1]

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def begins(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -23,6 +23,24 @@ def since_begin(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """How many tokens of its own document stand before each in the row."""
     place = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
     return place - jax.lax.cummax(jnp.where(begins(segment_ids), place, 0), axis=1)
+
+
+def forgetting(
+    begins: Bool[Array, "B T"] | None, log_decay: Float[Array, "B T N *K"] | None, n_head: int
+) -> Float[Array, "B T N *K"] | None:
+    """The log decay with which a memory also forgets all that was before a document's first token.
+
+    Args:
+        begins: which tokens these are; None: none.
+        log_decay: of the memory anyway; None: 0.
+        n_head: of the memory.
+    """
+    if begins is None:
+        return log_decay
+    if log_decay is None:
+        log_decay = jnp.zeros((*begins.shape, n_head))
+    at = begins.reshape(*begins.shape, *(1,) * (log_decay.ndim - 2))
+    return jnp.where(at, -jnp.inf, log_decay)
 
 
 def filled(
