@@ -40,8 +40,8 @@ class Corpus:
     warnings: tuple[str, ...] = ()
     sentences: bool = False
     # Of every split that was prepared: name, dir (or file), digest of the tokens, tokens; words,
-    # characters and bytes where tokens are not words; how many documents where they are apart,
-    # whose places then are part of the digest.
+    # characters and bytes where tokens are not words; how many documents where they are apart and
+    # what they begin_at, their places then being part of the digest.
     texts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # By split, for every place of the stream and its end, how many documents have begun before it;
     # {}: the text is one document.
@@ -107,7 +107,8 @@ def load(
         empty: `vocab`'s, else words, or as a character set is read.
       vocab_size: how many subwords, the 256 bytes among them; 0: 8192.
       field: which field of .jsonl, .parquet and saved data sets has the text.
-      documents: find where its documents begin, at headings or else after blank lines.
+      documents: find where its documents begin: those of files that have them one by one, else at
+        headings, else after blank lines.
 
     Raises:
       UserError: the text is not there, lacks a split, is empty, not UTF-8 or not of this kind, has
@@ -129,6 +130,10 @@ def load(
         raise UserError(
             f"config.data.vocab_size={vocab_size} is for config.data.tokenizer=bpe: leave it at 0."
         )
+    sentences, begun = name.removeprefix("tfds:") == "lm1b", {}
+    if documents and (sentences or name in CHARACTER_SETS):
+        what = "sentences that are shuffled" if sentences else "characters without documents"
+        raise UserError(f"config.data.documents has no meaning for {name}, {what}: leave it out.")
     where = dir or file
     needed = splits if vocab is not None else (*splits, "train")
     for split in needed:
@@ -163,19 +168,13 @@ def load(
         | meta.get("sizes", {}).get(split, {})
         for split, digest in meta["digests"].items()
     }
-    sentences, begun = name.removeprefix("tfds:") == "lm1b", {}
-    if documents and sentences:
-        raise UserError(
-            f"config.data.documents has no meaning for {shown}, whose lines are sentences that are"
-            " shuffled: leave it at False."
-        )
     if documents:
-        folder = borders.prepare(entry, vocab)
+        folder = borders.prepare(entry, vocab, source, cache)
         begun = {split: np.memmap(folder / f"{split}.int32", np.int32, "r") for split in splits}
         for split, found in json.loads((folder / "meta.json").read_text()).items():
             both = texts[split]["digest"] + found["digest"]
             digest = hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
-            texts[split] |= {"digest": digest, "documents": found["documents"]}
+            texts[split] |= {**found, "digest": digest}
     return Corpus(
         name=shown,
         vocab=vocab,

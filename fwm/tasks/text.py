@@ -39,10 +39,11 @@ class Text(Task):
 
     def summary(self) -> str:
         """Name, lengths and vocabulary of the text."""
-        documents = self.texts["train"].get("documents")
+        text, apart = self.texts["train"], ""
+        if "documents" in text:
+            apart = f" in {text['documents']:,} documents ({text['begin_at']})"
         return (
-            f"Data: {self.corpus.name}, {self.size:,} training tokens"
-            f"{f' in {documents:,} documents' if documents else ''}, "
+            f"Data: {self.corpus.name}, {self.size:,} training tokens{apart}, "
             f"{len(self.corpus.streams['valid']):,} validation tokens, "
             f"{len(self.vocab):,} {self.unit}s."
         )

@@ -1,12 +1,15 @@
 """Where documents begin, and what batches say of it."""
 
+import json
+
 import numpy as np
 import pytest
 from test_corpus import folder, load
 
 from configs import default
-from fwm.data import Vocabulary
-from fwm.data.borders import document_begins
+from fwm import data
+from fwm.data import Vocabulary, borders
+from fwm.data.tokens import Span
 from fwm.errors import UserError
 from fwm.tasks import TASKS
 
@@ -14,37 +17,49 @@ WIKI = " \n = One = \n \n a b \n = = part = = \n \n c = \n \n = Two words = \n \
 BLANK = "\n\na b\nc\n\nd\n \n\ne e"
 
 
-def encoded(text, form):
-    """A text in words, characters, bytes, or subwords of which some are several newlines."""
-    symbols = {
-        "words": ["<eos>", *dict.fromkeys(text.split())],
-        "characters": [f"U+{ord(c):04X}" for c in dict.fromkeys(text)],
-        "bytes": [str(ord(c)) for c in dict.fromkeys(text)],
-    }[form]
-    vocab = Vocabulary(tuple(symbols))
-    return vocab.encode(text, add_eos=False), vocab
-
-
-@pytest.mark.parametrize("form", ["words", "characters", "bytes"])
+@pytest.mark.parametrize("form", ["words", "characters"])
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         (WIKI, ["= One =", "= Two words ="]),
         (WIKI.replace(" = Two", " b = Two"), ["= One ="]),  # no line of its own
+        (WIKI.replace("\n", "\r\n"), ["= One =", "= Two words ="]),
+        ("\ufeff= B =\n\n= A =", ["= B =", "= A ="]),
         (BLANK, ["a b", "d", "e e"]),
         ("a b\n\nc", ["a b", "c"]),
+        ("a <eos> b\n\nc", ["a", "c"]),
         ("a b\nc\n", ["a b"]),
         ("a b", ["a b"]),
         ("\n\n", []),
     ],
 )
-def test_where_documents_begin(form, text, expected):
-    stream, vocab = encoded(text, form)
-    begins = document_begins(stream, vocab)
+def test_where_documents_begin(form, text, expected, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(text, newline="")
+    form = {"words": "lines"}.get(form, form)
+    span = Span(str(path), 0, path.stat().st_size, form)
+    _, lines = borders.first_lines({"train": span}, {})
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    if form == "lines":
+        vocab = Vocabulary(("<eos>", *dict.fromkeys(text.replace("<eos>", "").split())))
+    else:
+        vocab = Vocabulary(tuple(f"U+{ord(c):04X}" for c in dict.fromkeys(text)))
+        expected = ["a <eos> b" if one == "a" else one for one in expected]
+    stream = vocab.encode(text, add_eos=False)
+    begins = borders.places(stream, vocab, lines["train"])
     found = [vocab.decode(stream[i:]).strip(" ") for i in begins]
     assert [one.partition("\n")[0].strip() for one in found] == expected
     # Nothing but the beginnings of lines.
     assert all(i == 0 or vocab.decode(stream[i - 1 : i]) == "\n" for i in begins)
+
+
+def test_all_splits_begin_alike(tmp_path):
+    spans = {}
+    for split, text in {"train": WIKI, "valid": BLANK, "test": "a\n\nb\n\n= C =\n"}.items():
+        (tmp_path / split).write_text(text)
+        spans[split] = Span(str(tmp_path / split), 0, len(text), "lines")
+    at, lines = borders.first_lines(spans, {})
+    assert (at, lines) == ("headings", {"train": [1, 8], "valid": [], "test": [4]})
 
 
 def test_subwords_that_are_several_newlines():
@@ -52,11 +67,35 @@ def test_subwords_that_are_several_newlines():
         def decode(self, ids):
             return "".join(self.symbols[i] for i in ids)
 
-    vocab = Subwords(("a", "\n", "\n\n", ".\n", " b", ".\n\n"))
-    stream = np.array([2, 0, 3, 1, 4, 5, 3, 0, 2, 2, 4, 3, 4, 2], np.int32)
-    # "\n\n|a.\n\n| b.\n\n|.\na\n\n\n\n| b.\n b\n\n"
-    assert document_begins(stream, vocab).tolist() == [1, 4, 6, 10]
-    assert document_begins(stream[4:6], vocab).tolist() == [0]
+    vocab = Subwords(("a", "\n", "\n\n", ".\n", " b"))
+    # "\n\n|a|.\n|\n| b|\n\n|a": lines 0 to 6, of which some begin inside of a subword.
+    stream = np.array([2, 0, 3, 1, 4, 2, 0], np.int32)
+    assert borders.places(stream, vocab, [0, 1, 2, 4, 5, 6, 7]).tolist() == [0, 1, 4, 6]
+    assert borders.places(stream[:6], vocab, [6]).tolist() == []
+
+
+@pytest.mark.parametrize(("n", "tokenizer"), [(40, "words"), (6, "characters"), (40, "bpe")])
+def test_records_are_documents(n, tokenizer, tmp_path):
+    """Whatever stands in them, and where a text of few is cut inside of one."""
+    path = tmp_path / "mine.jsonl"
+    record = "new \n\n= A =\r\nx <eos> \r y\n\n z" + 9 * "\n\nx y" + "\n"
+    path.write_text(n * (json.dumps({"text": record}) + "\n"))
+    options = {"vocab_size": 300} if tokenizer == "bpe" else {}
+    options |= {"file": str(path), "cache_dir": str(tmp_path / "cache"), "tokenizer": tokenizer}
+    corpus = data.load("mine", documents=True, **options)
+    count = 0
+    for split, begun in corpus.documents.items():
+        stream = corpus.streams[split]
+        assert len(begun) == len(stream) + 1
+        assert begun[-1] == corpus.texts[split]["documents"]
+        cut = np.flatnonzero(np.diff(begun))
+        if n > 6 or split == "train":
+            assert cut[0] == 0
+        for text in map(corpus.vocab.decode, np.split(stream, cut)[1:]):
+            assert (text.split()[0], text.count("new")) == ("new", 1)
+        count += len(cut)
+        assert corpus.texts[split]["begin_at"] == "files or records"
+    assert count == n
 
 
 def test_batches_know_their_documents(tmp_path):
@@ -67,7 +106,7 @@ def test_batches_know_their_documents(tmp_path):
     config.data.update(where | {"name": "text", "documents": True})
     config.train.update({"batch_size": 3, "tgt_len": 7, "eval_batch_size": 2})
     task = TASKS["text"](config, ("train", "valid"))
-    assert "in 14 documents" in task.summary()
+    assert "in 14 documents (blank lines)," in task.summary()
     assert {split: text["documents"] for split, text in task.texts.items()} == {
         "train": 14, "valid": 4, "test": 1
     }  # fmt: skip
@@ -105,7 +144,8 @@ def test_batches_know_their_documents(tmp_path):
 
 def test_texts_without_documents(tmp_path):
     dir = folder(tmp_path / "text", "a b\nc\n")
-    with pytest.raises(UserError, match="headings ` = Title = ` or blank lines, at which"):
+    with pytest.raises(UserError, match="with headings ` = Title = ` or with blank lines, at"):
         load(tmp_path, dir=dir, documents=True)
-    with pytest.raises(UserError, match="no meaning for lm1b, whose lines are sentences"):
-        load(tmp_path, name="lm1b", dir=dir, documents=True)
+    for name, what in [("lm1b", "sentences that"), ("text8", "characters without documents")]:
+        with pytest.raises(UserError, match=f"no meaning for {name}, {what}"):
+            load(tmp_path, name=name, dir=dir, documents=True)
