@@ -19,8 +19,7 @@ DOCUMENTS = [(0, 0, 4), (0, 4, 5), (0, 5, 11), (0, 11, 16), (1, 0, 12), (1, 12, 
 TOKENS = np.random.default_rng(3).integers(0, 30, (2, T + 1)).astype(np.int32)
 SUM = dict(update_rule="sum", attn_normalization="output")
 MODELS = {
-    "positions": SUM | dict(clamp_len=7, n_layer=1),
-    "output_and_key": dict(attn_normalization="output_and_key", no_pos=True, n_layer=1),
+    "positions": dict(mixer="softmax", clamp_len=7, n_layer=1),
     "switches": dict(
         key_norm="l2", decay="channel", n_step=2, short_conv=3, no_pos=True, n_layer=1
     ),
@@ -71,7 +70,7 @@ def test_packed_equals_apart(name):
     second, at_end = part(x[:, 8:], y[:, 8:], ids[:, 8:] - ids[:, 7:8], half)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), nll, rtol=0, atol=2e-5)
     # Of a window only what its length says is of the last document.
-    if name in ("output_and_key", "switches"):
+    if name == "switches":
         for ours, theirs in zip(*map(jax.tree.leaves, (after, at_end)), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
