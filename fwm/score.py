@@ -121,13 +121,13 @@ def _ids(segment_ids: Any, tokens: Any, columns: np.ndarray) -> np.ndarray | Non
     """The documents of the tokens in `columns`."""
     if segment_ids is None:
         return None
-    ids = np.asarray(segment_ids, np.int32)
-    if ids.shape != np.shape(tokens):
+    ids = np.asarray(segment_ids)
+    if ids.shape != np.shape(tokens) or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(
-            f"segment_ids of shape {ids.shape} must be one for each token of the text, whose shape "
-            f"is {np.shape(tokens)}."
+            f"segment_ids must be one integer for each token of the text, {np.shape(tokens)}, got "
+            f"{ids.dtype} of shape {ids.shape}."
         )
-    return ids[: columns.size].reshape(columns.shape)
+    return ids[: columns.size].reshape(columns.shape).astype(np.int32, copy=False)
 
 
 def _stream_key(tokens: Any, length: int, segment_ids: Any) -> dict[str, Any]:
@@ -221,7 +221,8 @@ class SlidingWindow(ScoringProtocol):
             raise UserError(
                 f"stride must lie between 1 and the window of {self.window}, got {self.stride}."
             )
-        _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        _ids(self.segment_ids, self.tokens, columns)
 
     def key(self) -> dict[str, Any]:
         """The window and the text."""
@@ -321,7 +322,8 @@ class CarryOver(ScoringProtocol):
     def __post_init__(self) -> None:
         if self.segment < 1:
             raise UserError(f"segment must be at least 1 token, got {self.segment}.")
-        _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        _ids(self.segment_ids, self.tokens, columns)
 
     def key(self) -> dict[str, Any]:
         """The segment and the text."""

@@ -50,7 +50,7 @@ class Text(Task):
 
     def identity(self) -> Any:
         """The streams of one text lie under one name everywhere."""
-        streams: Any = self.corpus.streams.values()
+        streams: Any = [*self.corpus.streams.values(), *self.corpus.documents.values()]
         return [[Path(stream.filename).parent.name for stream in streams], self.vocab.text()]
 
     def batch(self, step: int, rows: slice) -> Batch:
