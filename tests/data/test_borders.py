@@ -11,6 +11,8 @@ from fwm import data
 from fwm.data import Vocabulary, borders
 from fwm.data.tokens import Span
 from fwm.errors import UserError
+from fwm.model import LanguageModel, build_config
+from fwm.score import CarryOver, SlidingWindow
 from fwm.tasks import TASKS
 
 WIKI = " \n = One = \n \n a b \n = = part = = \n \n c = \n \n = Two words = \n \n = d \n"
@@ -129,6 +131,12 @@ def test_batches_know_their_documents(tmp_path):
         ids = np.concatenate([np.zeros((2, 1), np.int32), batch.segment_ids], axis=1)
         count += int((np.diff(ids)[batch.mask] != 0).sum())
     assert count == ((held[2:] != eos) & (held[1:-1] == eos) & (held[:-2] == eos)).sum() + 1
+    # And the exact protocols.
+    model = LanguageModel(build_config(config.model.to_dict() | {"no_pos": True}, len(task.vocab)))
+    for config.train.carry_over_fast_weight, kind in ((False, SlidingWindow), (True, CarryOver)):
+        protocol = task.protocol(config, model, None, "valid")
+        assert isinstance(protocol, kind)
+        np.testing.assert_array_equal(protocol.segment_ids, task.corpus.documents["valid"][1:])
     # Another text than the same one without documents; the same again from the cache.
     plain = load(tmp_path)
     assert plain.train_segment_ids(0, 3, 7) is None
