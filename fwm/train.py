@@ -205,8 +205,10 @@ def prepare(
             begun = Checkpoints(workdir / "checkpoints").latest_step() is not None
             task = TASKS[c.task](config, ("train", "valid"), subwords(c, workdir, begun))
             # Both refuse what does not fit.
-            task.batch(0, parallel.rows(t.batch_size))
+            batch = task.batch(0, parallel.rows(t.batch_size))
             model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
+            if batch.segment_ids is not None:
+                model.config.check_packs()
             optimizer = adam(schedule, t.clip, t.weight_decay)
             carries = model.config.carries(t.carry_over_fast_weight)
             empty = jax.eval_shape(functools.partial(empty_memory, model.config, t.batch_size))

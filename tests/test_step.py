@@ -85,6 +85,38 @@ def test_the_masked_loss_is_that_of_the_whole_batch_however_it_is_divided(parts)
             np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 
 
+def test_the_step_and_the_score_keep_documents_apart(parts):
+    model, optimizer, schedule, state = parts
+    ids = np.array([[0, 0, 1, 1, 2, 2]] * 2 + [[0] * 6, [3, 3, 3, 4, 4, 4]], np.int32)
+
+    @jax.jit
+    def everything(state, packed):
+        variables = {"params": state.params}
+        apply = lambda source: model.apply(
+            variables, packed.tokens, packed.targets, state.memory, source, packed.segment_ids
+        )[0]
+        step = functools.partial(train_step, model, optimizer, schedule, batch_chunk=2)
+        return {
+            "loss": step(state, packed)[1]["loss"],
+            "its own": apply(step_source(state)).mean(),
+            "nll": Copy().score(model, variables, packed, state.memory)[0]["nll"],
+            "its own nll": apply(None).sum(),
+            "of one document": model.apply(variables, packed.tokens, packed.targets)[0].sum(),
+        }
+
+    # Matrices that are large enough for the model to have opinions.
+    state = state._replace(params=jax.tree.map(lambda x: 5 * x, state.params))
+    packed = batch()._replace(segment_ids=ids)
+    found = {name: float(value) for name, value in everything(state, packed).items()}
+    assert found["loss"] == pytest.approx(found["its own"], rel=1e-5)
+    assert found["nll"] == pytest.approx(found["its own nll"], rel=1e-5)
+    assert found["nll"] != pytest.approx(found["of one document"], rel=1e-5)
+
+
+def step_source(state):
+    return step.Dropout(dropout_key(state), batch().rows)
+
+
 def dropout_key(state):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     return jax.random.split(key)[1]
