@@ -267,6 +267,11 @@ def prepare(
         if step == 0:
             reporter.message(parameter_table(state.params))
         reporter.message(_summary(config, task))
+        if t.warmup_step > t.max_step:
+            reporter.message(
+                f"Warning: train.warmup_step={t.warmup_step} is more than "
+                f"train.max_step={t.max_step}: the learning rate never comes to train.lr={t.lr:g}."
+            )
         state = to_devices(state, model, t.batch_size)
         this = Run(
             config, workdir, task, model, optimizer, schedule, step, state,
