@@ -217,6 +217,11 @@ def prepare(
             _check_memory(init.eval_shape())
             # A run that has begun needs the other one no more.
             other = None
+            if c.init_checkpoint != "best" and not (c.init_from or begun):
+                raise UserError(
+                    f"config.init_checkpoint={c.init_checkpoint} is one of config.init_from, which "
+                    "is not given: give both or neither."
+                )
             if c.init_from and not begun:
                 drawn = init().params
                 other = borrow(c, drawn, model.config, task.vocab, task.unit)

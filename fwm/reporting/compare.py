@@ -112,7 +112,9 @@ def exact_perplexity(
     if not isinstance(result, dict) or not isinstance(result.get(known), int | float):
         mode = "eval" if split == "test" else split
         raise UserError(f"{path} has no number `{known}`: write it again with --mode={mode}.")
-    text = result.get("text") or {}
+    text, step = result.get("text") or {}, result.get("checkpoint_step", steps)
+    if not isinstance(text, dict) or not isinstance(step, int):
+        raise UserError(f"{path} is damaged: remove it, and evaluate again.")
     if split in texts and text.get("digest", texts[split]["digest"]) != texts[split]["digest"]:
         return "-"
     # What other protocols than the paper's have found is not to be mistaken for it.
@@ -129,7 +131,6 @@ def exact_perplexity(
     per_word = result.get("perplexity_per_word")
     if isinstance(per_word, int | float) and per_word != result["perplexity"]:
         notes.append(f"per word {per_word:.3f}")
-    step = result.get("checkpoint_step", steps)
     if step != steps:
         notes.append(f"checkpoint of step {step} of {steps}")
     found = "inf" if overflown else f"{result['perplexity']:.3f}"
