@@ -202,7 +202,7 @@ def test_a_run_begins_with_the_weights_of_another(trained, place, tmp_path, caps
         pass
     assert not new.exists()
     config.init_from = ""
-    with pytest.raises(UserError, match="one of config.init_from, which is not given"):
+    with pytest.raises(UserError, match="init_from, which is not given"):
         training.prepare(config, new).__enter__()
     config.init_from, config.init_checkpoint = str(other), "best"
     with training.prepare(config, new) as this:
