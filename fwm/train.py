@@ -219,6 +219,11 @@ def prepare(
             _check_memory(init.eval_shape())
             # A run that has begun needs the other one no more.
             other = None
+            if c.init_checkpoint != "best" and not (c.init_from or begun):
+                raise UserError(
+                    f"config.init_checkpoint={c.init_checkpoint} is one of config.init_from, which "
+                    "is not given: give both or neither."
+                )
             if c.init_from and not begun:
                 drawn = init().params
                 other = borrow(c, drawn, model.config, task.vocab, task.unit)
@@ -269,6 +274,11 @@ def prepare(
         if step == 0:
             reporter.message(parameter_table(state.params))
         reporter.message(_summary(config, task))
+        if t.warmup_step > t.max_step:
+            reporter.message(
+                f"Warning: train.warmup_step={t.warmup_step} is more than "
+                f"train.max_step={t.max_step}: the learning rate never comes to train.lr={t.lr:g}."
+            )
         state = to_devices(state, model, t.batch_size)
         this = Run(
             config, workdir, task, model, optimizer, schedule, step, state,

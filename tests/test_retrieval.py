@@ -432,3 +432,19 @@ def test_mode_and_config_belong_together():
         flags.FLAGS.unparse_flags()
         with pytest.raises(UserError, match="belong together"):
             main.parse(["main.py", *argv])
+
+
+MODELS_DRAWN = {model for by_model in report.PUBLISHED.values() for model in by_model}
+
+
+def test_the_figure_is_told_apart_without_its_colours():
+    committed = Path(__file__).parents[1] / "benchmarks" / "results" / "retrieval" / "results.csv"
+    figure = report.draw(report.read(committed))
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 2
+    for axes in figure.axes:
+        lines = [x for x in axes.lines if x.get_label() in MODELS_DRAWN]
+        assert len(lines) == 8
+        assert len({(x.get_marker(), x.get_linestyle()) for x in lines}) == len(lines)
+        assert [text.get_text() for text in axes.texts] == ["0.5: answers nothing"]
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1

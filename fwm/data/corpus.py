@@ -124,7 +124,7 @@ def load(
     if vocab is not None and theirs != ours:
         raise UserError(
             f"The model reads {theirs or 'words'}, but config.data.tokenizer={tokenizer} reads"
-            f" {name} otherwise: leave it out."
+            f" {label(name, dir, file)} otherwise: leave it out."
         )
     if vocab_size and tokenizer != "bpe":
         raise UserError(

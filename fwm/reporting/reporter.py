@@ -133,7 +133,8 @@ class Reporter:
         self.message(f"\x1b[1m{line}\x1b[0m" if self._bold else line)
         self._record(step, "valid", values, seconds)
         with self._never_fatal(CURVE):
-            draw_learning_curves({"": self._workdir / LOG}, self._workdir / CURVE)
+            name = self._workdir.resolve().name
+            draw_learning_curves({name: self._workdir / LOG}, self._workdir / CURVE)
 
     def message(self, text: str) -> None:
         """Print lines of text, above the live line if there is one."""
