@@ -101,6 +101,11 @@ class LanguageModel(nn.Module):
             for mixer in c.make_mixers()
             for name, shape in mixer.shared_shapes().items()
         }
+        if self.has_variable("params", "layers"):
+            # `param` would trace how they are drawn to compare shapes, as every layer does anyway.
+            self.layer_params: Any = self.get_variable("params", "layers")
+            self.layer_draws: Any = self.get_variable("favor", "layers", {})
+            return
         self.layer_params = self.param("layers", lambda key: self._init_layers(key, "params"))
         self.layer_draws = {}
         if jax.eval_shape(lambda: redraw_projections(c, jax.random.key(0))):
