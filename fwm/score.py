@@ -24,6 +24,7 @@ from fwm.errors import UserError
 from fwm.model import LanguageModel, ModelConfig, empty_memory
 from fwm.ops.checks import checked_ids
 from fwm.perplexity import perplexity
+from fwm.registry import remembered
 
 Stream = Int[np.ndarray, " S"] | Int[Array, " S"]
 
@@ -137,7 +138,7 @@ def _stream_key(tokens: Any, length: int, segment_ids: Any) -> dict[str, Any]:
     return key
 
 
-@functools.lru_cache(maxsize=16)
+@remembered
 def _window_step(model: LanguageModel, window: int, scored: int) -> Callable:
     """On all devices; compiled once however often a model is scored."""
 
@@ -296,7 +297,7 @@ def sliding_window(
     return finish(SlidingWindow(model, variables, tokens, window, **options).partials())
 
 
-@functools.lru_cache(maxsize=16)
+@remembered
 def _segment_step(model: LanguageModel) -> Callable:
     """One segment of every row, compiled once however often a model is scored."""
     return jax.jit(
