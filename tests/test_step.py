@@ -35,6 +35,12 @@ def parts():
     return model, optimizer, schedule, jax.jit(init)()
 
 
+@pytest.fixture(scope="module")
+def update(parts):
+    """The step on one device, compiled once for all tests."""
+    return jax.jit(functools.partial(train_step, *parts[:3]))
+
+
 def batch(mask=None):
     tokens = np.arange(ROWS * (LENGTH + 1), dtype=np.int32).reshape(ROWS, LENGTH + 1) * 7 % 20
     first, rows = np.zeros(ROWS, bool), np.arange(ROWS, dtype=np.int32)
@@ -44,28 +50,26 @@ def batch(mask=None):
 UNEVEN = np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) >= 15  # Two rows count nothing at all.
 
 
-def test_a_mask_of_all_is_none(parts):
-    model, optimizer, schedule, state = parts
-    update = jax.jit(functools.partial(train_step, model, optimizer, schedule))
+def test_a_mask_of_all_is_none(parts, update):
+    state = parts[-1]
     (plain, a), (masked, b) = (update(state, batch(m)) for m in (None, np.ones_like(UNEVEN)))
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
     np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
     assert_same_bits(jax.device_get(plain.memory), jax.device_get(masked.memory))
 
 
-def test_what_is_masked_has_no_influence(parts):
-    model, optimizer, schedule, state = parts
-    update = jax.jit(functools.partial(train_step, model, optimizer, schedule))
+def test_what_is_masked_has_no_influence(parts, update):
+    state = parts[-1]
     one = batch(UNEVEN)
     other = one._replace(targets=np.where(UNEVEN, one.targets, 3).astype(np.int32))
     assert_same_bits(*(jax.device_get(update(state, x)) for x in (one, other)))
 
 
-def test_the_masked_loss_is_that_of_the_whole_batch_however_it_is_divided(parts):
+def test_the_masked_loss_is_that_of_the_whole_batch_however_it_is_divided(parts, update):
     """On one device at once, in parts, and over two devices whose shares of the mask differ."""
     model, optimizer, schedule, state = parts
     bound = functools.partial(train_step, model, optimizer, schedule)
-    whole, metrics = jax.jit(bound)(state, batch(UNEVEN))
+    whole, metrics = update(state, batch(UNEVEN))
     in_parts, others = jax.jit(functools.partial(bound, batch_chunk=2))(state, batch(UNEVEN))
     on_two = parallel.pmap(functools.partial(bound, average=parallel.mean))
     spread, devices = on_two(step.to_devices(state, model, ROWS), parallel.split(batch(UNEVEN)))
@@ -122,9 +126,8 @@ def dropout_key(state):
     return jax.random.split(key)[1]
 
 
-def test_a_batch_of_which_nothing_counts_changes_no_parameter(parts):
-    model, optimizer, schedule, state = parts
-    update = jax.jit(functools.partial(train_step, model, optimizer, schedule))
+def test_a_batch_of_which_nothing_counts_changes_no_parameter(parts, update):
+    state = parts[-1]
     after, metrics = update(state, batch(np.zeros_like(UNEVEN)))
     assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0.0, 0.0)
     assert_same_bits(jax.device_get(after.params), jax.device_get(state.params))
