@@ -1,8 +1,6 @@
 """What is useful alone: the examples in the docstrings, and the package that pip installs."""
 
 import collections
-import doctest
-import importlib
 import os
 import shutil
 import subprocess
@@ -11,17 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from zipfile import ZipFile
 
-import pytest
 from program import SIZES, write_text
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.mark.parametrize("module", ["fwm.ops", "fwm.layers.fast_weight"])
-def test_examples(module):
-    failed, attempted = doctest.testmod(importlib.import_module(module))
-    assert failed == 0
-    assert attempted >= 7
 
 
 # Of fwm as installed, outside the checkout: modules and the failures of their examples.
@@ -99,5 +89,7 @@ def test_the_installed_package(tmp_path):
     *examples, others = done.stdout.splitlines()[:3]
     assert done.stdout.splitlines()[-1] == "23 decayed_sum"
     for line, name in zip(examples, ("ops/__init__.py", "layers/fast_weight.py"), strict=True):
-        assert line.startswith(f"{tmp_path / 'site' / 'fwm' / name} 0 ")
+        file, failed, attempted = line.rsplit(" ", 2)
+        assert (file, failed) == (str(tmp_path / "site" / "fwm" / name), "0")
+        assert int(attempted) >= 7
     assert others == "None None"

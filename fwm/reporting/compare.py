@@ -13,6 +13,7 @@ from fwm.reporting.sinks import LOG, log_rows
 # What decides whether a run is one that the paper reports.
 DECIDING = (
     "data.name",
+    "data.documents",
     "data.file",
     "data.tokenizer",
     "model.",
