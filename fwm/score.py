@@ -103,32 +103,28 @@ def finish(partials: Iterable[Partial]) -> Score:
     return last.score
 
 
-def _columns(tokens: Any, model: LanguageModel, batch_size: int, split_stream: bool) -> np.ndarray:
-    """The stream as [rows, tokens]: one row, or `batch_size` equal ones without the remainder."""
-    tokens = checked_ids("the text", tokens, model.config.n_token)
-    rows = batch_size if split_stream else 1
+def _rows(of: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """The stream and its documents as [rows, tokens]: one row, or `batch_size` equal ones."""
+    tokens = checked_ids("the text", of.tokens, of.model.config.n_token)
+    rows = of.batch_size if of.split_stream else 1
     if rows < 1:
         raise UserError("split_stream needs batch_size, the number of rows: set it to 1 or more.")
     if len(tokens) < 2 * rows:
         raise UserError(f"the text has {len(tokens)} tokens: too few to score {rows} rows of it.")
-    return tokens[: len(tokens) // rows * rows].reshape(rows, -1)
+    cut = lambda ids: ids[: len(tokens) // rows * rows].reshape(rows, -1)
+    if of.segment_ids is None:
+        return cut(tokens), None
+    documents = np.asarray(of.segment_ids)
+    if documents.shape != tokens.shape or not np.issubdtype(documents.dtype, np.integer):
+        raise UserError(
+            f"segment_ids must be one integer for each token of the text, {tokens.shape}, got "
+            f"{documents.dtype} of shape {documents.shape}."
+        )
+    return cut(tokens), cut(documents.astype(np.int32, copy=False))
 
 
 def _sums(nll: np.ndarray) -> dict[str, Any]:
     return {"nll": nll.sum(dtype=np.float64), "count": nll.size}
-
-
-def _ids(segment_ids: Any, tokens: Any, columns: np.ndarray) -> np.ndarray | None:
-    """The documents of the tokens in `columns`."""
-    if segment_ids is None:
-        return None
-    ids = np.asarray(segment_ids)
-    if ids.shape != np.shape(tokens) or not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(
-            f"segment_ids must be one integer for each token of the text, {np.shape(tokens)}, got "
-            f"{ids.dtype} of shape {ids.shape}."
-        )
-    return ids[: columns.size].reshape(columns.shape).astype(np.int32, copy=False)
 
 
 def _stream_key(tokens: Any, length: int, segment_ids: Any) -> dict[str, Any]:
@@ -222,8 +218,7 @@ class SlidingWindow(ScoringProtocol):
             raise UserError(
                 f"stride must lie between 1 and the window of {self.window}, got {self.stride}."
             )
-        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
-        _ids(self.segment_ids, self.tokens, columns)
+        _rows(self)
 
     def key(self) -> dict[str, Any]:
         """The window and the text."""
@@ -235,10 +230,9 @@ class SlidingWindow(ScoringProtocol):
 
     def partials(self, done: Partial | None = None) -> Iterator[Partial]:
         """A partial score after every batch of windows; the first ones of all rows count as one."""
-        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        columns, documents = _rows(self)
         n_row, last = columns.shape[0], columns.shape[1] - 1
         window = min(self.window, last)
-        documents = _ids(self.segment_ids, self.tokens, columns)
         on_devices = parallel.replicate((self.variables, columns, documents))
         n_device = len(jax.local_devices())
         size = self.batch_size or n_device * automatic_batch_size(self.model.config, window)
@@ -323,8 +317,7 @@ class CarryOver(ScoringProtocol):
     def __post_init__(self) -> None:
         if self.segment < 1:
             raise UserError(f"segment must be at least 1 token, got {self.segment}.")
-        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
-        _ids(self.segment_ids, self.tokens, columns)
+        _rows(self)
 
     def key(self) -> dict[str, Any]:
         """The segment and the text."""
@@ -340,10 +333,9 @@ class CarryOver(ScoringProtocol):
 
     def partials(self, done: Partial | None = None) -> Iterator[Partial]:
         """A partial score after every segment."""
-        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        columns, documents = _rows(self)
         n_row, last = columns.shape[0], columns.shape[1] - 1
         step, variables = _segment_step(self.model), jax.device_put(self.variables)
-        documents = _ids(self.segment_ids, self.tokens, columns)
         partial = done or Partial(Score(0.0, 0), n_row * last, 0, self.empty())
         for start in range(partial.position, last, self.segment):
             end = min(start + self.segment, last)
