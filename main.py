@@ -133,7 +133,7 @@ def _describe(config: ConfigDict, text: str = "") -> str:
     text += f"-{d.tokenizer}{d.vocab_size or ''}" if d.tokenizer else ""
     learned = text if config.task == "text" else config.task
     model = build_config(m.to_dict(), n_token=2**31 - 1)  # of any vocabulary
-    parts = [learned, *model.name_parts()]
+    parts = [learned, *["documents"] * config.data.documents, *model.name_parts()]
     parts += [m.norm] * (m.norm != "post") + ["nopos"] * m.no_pos
     parts += ["carry"] * t.carry_over_fast_weight + [f"mem{m.mem_len}"] * bool(m.mem_len)
     parts += [f"L{m.n_layer}", f"d{m.d_model}", f"h{m.n_head}x{m.d_head}", f"ff{m.d_inner}"]

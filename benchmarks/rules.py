@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from benchmarks import common
 from benchmarks.ops import compiled
-from fwm.ops import delta_rule, l2_normalize, sum_rule
+from fwm.ops import delta_rule, fast_weight_attention, l2_normalize, sum_rule
 
 
 def forms(n_batch: int, length: int, n_head: int = 8, width: int = 64) -> dict:
@@ -37,6 +37,15 @@ def forms(n_batch: int, length: int, n_head: int = 8, width: int = 64) -> dict:
         return partial(lambda rule, names, *x: rule(**dict(zip(names, x, strict=True))), rule,
                        names), list(options.values())  # fmt: skip
 
+    # Given as the arrays are, not as what XLA could compute with beforehand.
+    ids = jnp.cumsum(jnp.arange(length) % 200 == 150)[None].repeat(n_batch, axis=0) * 1.0
+
+    def documents(q, k, v, beta, ids):
+        options = {"update_rule": "delta", "attn_normalization": "none"}
+        ids = ids.astype(jnp.int32)
+        out, state = fast_weight_attention(q, k, v, beta, None, segment_ids=ids, **options)
+        return out, state.weights
+
     plain = {"q": q, "k": k, "v": v}
     delta = {**plain, "beta": beta}
     writes = {"q": q, "k": two, "v": v_two, "beta": beta_two}
@@ -44,6 +53,7 @@ def forms(n_batch: int, length: int, n_head: int = 8, width: int = 64) -> dict:
         "delta": with_(delta_rule, **delta),
         "delta, decay by head": with_(delta_rule, **delta, log_decay=head),
         "delta, decay by channel": with_(delta_rule, **delta, log_decay=channel),
+        "delta, documents of 200 tokens": with_(documents, **delta, ids=ids),
         "delta, erase key": with_(delta_rule, **delta, erase_key=erase),
         "delta, two writes": with_(delta_rule, **writes),
         "delta, two writes, decay by head": with_(delta_rule, **writes, log_decay=head),

@@ -60,6 +60,7 @@ def defaults() -> ConfigDict:
     c.data.vocab_size = 0  # of bpe, subwords, its 256 bytes among them; 0: 8192
     c.data.field = "text"  # of .jsonl, .parquet and saved data sets: which has the text
     c.data.cache_dir = "~/.cache/fwm"  # where the encoded text is kept
+    c.data.documents = False  # records, or what begins at headings or blank lines, know no others
     c.data.download = False  # fetch a known dataset that is not there (asks TFDS)
 
     # Of any type: a name or a tuple of them.

@@ -91,6 +91,11 @@ def _score_one(
     model = LanguageModel(model_config)
     step, variables = restore(workdir, model, which, report)
     protocol = task.protocol(config, model, variables, split)
+    if protocol.settings()["stride"] is None and config.eval.stride != 1:
+        tell(
+            f"note: eval.stride={config.eval.stride} is not used: no window slides over the text, "
+            "every token is scored once."
+        )
     started = time.monotonic()
     # What decides a total to the last digit; a partial one goes on only with the same.
     key = {

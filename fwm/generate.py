@@ -31,6 +31,7 @@ from fwm.config import LIMITS
 from fwm.errors import UserError
 from fwm.model import LanguageModel, empty_memory
 from fwm.ops.checks import checked_ids
+from fwm.registry import remembered
 from fwm.tasks import TASKS
 from fwm.terminal import give_up, say
 from fwm.workdir import restore
@@ -85,7 +86,7 @@ def _feed(
     return log_probs, Context(memory, tokens, filled)
 
 
-@functools.lru_cache(maxsize=16)
+@remembered
 def _compiled(model: LanguageModel) -> tuple[Callable, Callable]:
     """`_feed`, and a whole segment into the memory."""
     advance = lambda *arguments: model.apply(*arguments, method="hidden")[1]

@@ -28,6 +28,7 @@ from fwm.layers.parts import (
 )
 from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop
+from fwm.ops.segments import numbered, since_begin
 
 __all__ = [
     "LanguageModel", "ModelConfig", "build_config", "empty_memory", "layer_of", "make_block",
@@ -100,6 +101,11 @@ class LanguageModel(nn.Module):
             for mixer in c.make_mixers()
             for name, shape in mixer.shared_shapes().items()
         }
+        if self.has_variable("params", "layers"):
+            # `param` would trace how they are drawn to compare shapes, as every layer does anyway.
+            self.layer_params: Any = self.get_variable("params", "layers")
+            self.layer_draws: Any = self.get_variable("favor", "layers", {})
+            return
         self.layer_params = self.param("layers", lambda key: self._init_layers(key, "params"))
         self.layer_draws = {}
         if jax.eval_shape(lambda: redraw_projections(c, jax.random.key(0))):
@@ -130,7 +136,12 @@ class LanguageModel(nn.Module):
         return x, memory
 
     def _hidden(
-        self, tokens: Array, memory: Any, dropout: Dropout | None, last: int | None
+        self,
+        tokens: Array,
+        memory: Any,
+        dropout: Dropout | None,
+        last: int | None,
+        documents: Array | None = None,
     ) -> tuple[Array, Any, tuple[Array, ...]]:
         """As `hidden`, and the embedding's tables for a tied softmax.
 
@@ -145,32 +156,40 @@ class LanguageModel(nn.Module):
             keys = jax.random.split(dropout.key, c.n_layer + 1)
             own = Dropout(keys[-1], dropout.rows)
             keys = keys[:-1]
-        x, tables = self.embedded(tokens)
+        x, tables = self.embedded(tokens, documents)
         x = drop(x, own, EMBEDDING_SITE, c.dropout).astype(c.dtype)
-        x, memory = self._layers(x, memory, keys, own, last)
+        shared = Shared(self.shared_params, None if own is None else own.key, documents)
+        x, memory = self._layers(x, memory, keys, own, last, shared)
         if c.norm == "pre":
             x = self.final_norm(x)
         return drop(x, own, HIDDEN_SITE, c.dropout), memory, tables
 
     def embedded(
-        self, tokens: Int[Array, "B T"]
+        self, tokens: Int[Array, "B T"], documents: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
         """What the first layer reads, but for dropout and dtype; the embedding's tables."""
         c = self.config
         x, tables = self.embedding.with_tables(tokens)
         x = x * c.d_model**0.5
         if c.make_mixers()[0].adds_positions and not c.no_pos:  # all mixers of a pattern agree
-            positions = sinusoid(countdown(tokens.shape[1], c.clamp_len), c.d_model)
-            x = x + positions[None].astype(x.dtype)
+            positions = sinusoid(countdown(tokens.shape[1], c.clamp_len), c.d_model)[None]
+            if documents is not None:  # each document's as at the beginning of a row
+                positions = positions[0, since_begin(documents)]
+            x = x + positions.astype(x.dtype)
         return x, tables
 
     def _layers(
-        self, x: Array, memory: Any, keys: Any, own: Dropout | None, last: int | None
+        self,
+        x: Array,
+        memory: Any,
+        keys: Any,
+        own: Dropout | None,
+        last: int | None,
+        shared: Shared,
     ) -> tuple[Array, Any]:
         """All layers, one scan over repeats: `keys` of their dropout, `own` of what they share."""
         c = self.config
         n_place = len(c.pattern)
-        shared = Shared(self.shared_params, None if own is None else own.key)
         carried: Any = (None,) * n_place
         if memory is not None:
             carried = tuple(map(_stack, _split(c, memory)))
@@ -221,6 +240,7 @@ class LanguageModel(nn.Module):
         targets: Int[Array, "B S"],
         memory: Any = None,
         dropout: Dropout | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B S"], Any]:
         """-log p(target | tokens so far, memory) in nats, [B, S] float32, and the new memory.
 
@@ -232,24 +252,36 @@ class LanguageModel(nn.Module):
                 a training loop that must not backpropagate into earlier segments passes it
                 as data (as ours does).
             dropout: masks of a training pass; None evaluates.
+            segment_ids: documents that a row is packed with (`cu_seqlens` elsewhere): equal
+                neighbours are of one document, and a token reads nothing of another one. The memory
+                belongs to a document of the id 0, which a row that begins with it goes on with.
+                Each is as by itself at the beginning of a row of T tokens, with its positions. The
+                target of a document's last token may lie in the next one and counts as all do.
 
         An id outside the vocabulary makes NaN of its own loss and of all that depend on it.
 
         Raises:
-            UserError: tokens or targets that are no integers or do not fit each other.
+            UserError: tokens, targets or segment_ids that are no integers or do not fit each other,
+                segment_ids for a mixer that keeps no documents apart.
         """
+        ids = {} if segment_ids is None else {"segment_ids": (segment_ids, "B T", jnp.integer)}
         check(
             "LanguageModel",
             tokens=(tokens, "B T", jnp.integer),
             targets=(targets, "B S", jnp.integer),
+            **ids,
         )
+        documents = None
+        if segment_ids is not None:
+            self.config.check_packs()
+            documents = numbered(segment_ids)
         if targets.shape[1] > tokens.shape[1]:
             raise UserError(
                 f"LanguageModel: targets of shape {targets.shape} are more than the tokens, of "
                 f"shape {tokens.shape}: give one for each, or for the last ones only."
             )
         last = None if targets.shape == tokens.shape else targets.shape[1]
-        hidden, memory, tables = self._hidden(tokens, memory, dropout, last)
+        hidden, memory, tables = self._hidden(tokens, memory, dropout, last, documents)
         return self.softmax(hidden, targets, tables, self.embedding.projs), memory
 
     @_in_precision

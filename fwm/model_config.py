@@ -205,6 +205,15 @@ class ModelConfig:
         """Whether `LanguageModel` returns a memory that the next segment can start from."""
         return all(mixer.carries != "never" for mixer in self.make_mixers())
 
+    def check_packs(self) -> None:
+        """Raise `UserError` where a mixer does not keep packed documents apart."""
+        for name, mixer in zip(self.pattern, self.make_mixers(), strict=True):
+            if not mixer.packs:
+                raise UserError(
+                    f"documents cannot be packed into rows of the mixer {name}, which does not "
+                    "keep them apart (Mixer.packs): leave config.data.documents at False."
+                )
+
     def name_parts(self) -> list[str]:
         """What a run's name says of the mixers: of each what it says itself, and how often."""
         mixers, parts = dict(zip(self.pattern, self.make_mixers(), strict=True)), []

@@ -1,5 +1,6 @@
 """Learning-rate schedules and the optimizer: Adam on clipped gradients, as in the paper; AdamW."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,13 @@ def learning_rate(
             f"config.train.decay_step={decay_step} has no meaning for the scheduler {scheduler}, "
             "only for wsd: leave it at 0."
         )
-    return SCHEDULES[scheduler](lr, warmup_step, max_step, decay_step)
+    return _made(SCHEDULES[scheduler], lr, warmup_step, max_step, decay_step)
+
+
+@functools.lru_cache(maxsize=16)
+def _made(make: Callable[..., Any], *settings: Any) -> Any:
+    """Equal settings give the same functions, so that what is compiled of them is shared."""
+    return make(*settings)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -152,6 +159,10 @@ def adam(
     """
     for name, value in (("clip", clip), ("weight_decay", weight_decay)):
         NOT_NEGATIVE.check(name, value)
+    return _made(_adam, schedule, clip, weight_decay)
+
+
+def _adam(schedule: Schedule, clip: float, weight_decay: float) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip > 0 else optax.identity(),
         scale_by_adam(0.9, 0.999, 1e-8),

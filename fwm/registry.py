@@ -4,7 +4,8 @@ A config file that lies anywhere may add to them, `UPDATE_RULES["mine"] = Rule(.
 tells which names it added, so that a run can say which file it needs.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +14,22 @@ from fwm.errors import UserError
 T = TypeVar("T")
 _recordings: list[list[str]] = []
 _tables: list["Table[Any]"] = []
+_memories: list[Any] = []
+
+
+def remembered(function: Callable) -> Callable:
+    """`function` with its last results by its arguments, for what is compiled of a model.
+
+    A model names what it is made of: all is forgotten where a name comes to mean something else.
+    """
+    memory = functools.lru_cache(maxsize=16)(function)
+    _memories.append(memory)
+    return memory
+
+
+def _forget() -> None:
+    for memory in _memories:
+        memory.cache_clear()
 
 
 class Table(MutableMapping[str, T], Generic[T]):
@@ -51,6 +68,7 @@ class Table(MutableMapping[str, T], Generic[T]):
         if _recordings and name in self._entries and name not in self._recorded:
             raise UserError(f"{self.field} {name} is one of fwm's own: choose another name.")
         self._entries[name] = value
+        _forget()
         if _recordings:
             self._recorded.add(name)
         for recording in _recordings:
@@ -58,6 +76,7 @@ class Table(MutableMapping[str, T], Generic[T]):
 
     def __delitem__(self, name: str) -> None:
         del self._entries[name]
+        _forget()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -24,6 +24,7 @@ from fwm.errors import UserError
 from fwm.model import LanguageModel, ModelConfig, empty_memory
 from fwm.ops.checks import checked_ids
 from fwm.perplexity import perplexity
+from fwm.registry import remembered
 
 Stream = Int[np.ndarray, " S"] | Int[Array, " S"]
 
@@ -117,22 +118,46 @@ def _sums(nll: np.ndarray) -> dict[str, Any]:
     return {"nll": nll.sum(dtype=np.float64), "count": nll.size}
 
 
-def _stream_key(tokens: Any, length: int) -> dict[str, Any]:
-    return {"length": length, "text": zlib.crc32(np.asarray(tokens, np.int32).tobytes())}
+def _ids(segment_ids: Any, tokens: Any, columns: np.ndarray) -> np.ndarray | None:
+    """The documents of the tokens in `columns`."""
+    if segment_ids is None:
+        return None
+    ids = np.asarray(segment_ids)
+    if ids.shape != np.shape(tokens) or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(
+            f"segment_ids must be one integer for each token of the text, {np.shape(tokens)}, got "
+            f"{ids.dtype} of shape {ids.shape}."
+        )
+    return ids[: columns.size].reshape(columns.shape).astype(np.int32, copy=False)
 
 
-@functools.lru_cache(maxsize=16)
+def _stream_key(tokens: Any, length: int, segment_ids: Any) -> dict[str, Any]:
+    key = {"length": length, "text": zlib.crc32(np.asarray(tokens, np.int32).tobytes())}
+    if segment_ids is not None:
+        key["documents"] = zlib.crc32(np.asarray(segment_ids, np.int32).tobytes())
+    return key
+
+
+@remembered
 def _window_step(model: LanguageModel, window: int, scored: int) -> Callable:
     """On all devices; compiled once however often a model is scored."""
 
     def nll(
-        variables: Any, stream: Int[Array, "R S"], rows: Int[Array, " B"], ends: Int[Array, " B"]
+        variables: Any,
+        stream: Int[Array, "R S"],
+        documents: Int[Array, "R S"] | None,
+        rows: Int[Array, " B"],
+        ends: Int[Array, " B"],
     ) -> Float[Array, "B scored"]:
         """Of tokens `end - scored + 1 ... end` of a row, each window seeing `window` inputs."""
-        cut = lambda row, start, size: jax.lax.dynamic_slice(stream, (row, start), (1, size))[0]
-        tokens = jax.vmap(lambda row, end: cut(row, end - window, window))(rows, ends)
-        targets = jax.vmap(lambda row, end: cut(row, end - scored + 1, scored))(rows, ends)
-        return model.apply(variables, tokens, targets)[0]
+
+        def cut(of: Array, start: Array, size: int) -> Array:
+            one = lambda row, start: jax.lax.dynamic_slice(of, (row, start), (1, size))[0]
+            return jax.vmap(one)(rows, start)
+
+        tokens, targets = cut(stream, ends - window, window), cut(stream, ends - scored + 1, scored)
+        ids = None if documents is None else cut(documents, ends - window, window)
+        return model.apply(variables, tokens, targets, segment_ids=ids)[0]
 
     return parallel.pmap(nll)
 
@@ -185,6 +210,7 @@ class SlidingWindow(ScoringProtocol):
     batch_size: int = 0
     stride: int = 1
     split_stream: bool = False
+    segment_ids: Stream | None = None
 
     name = "sliding_window"
     unit = "windows"
@@ -196,11 +222,12 @@ class SlidingWindow(ScoringProtocol):
             raise UserError(
                 f"stride must lie between 1 and the window of {self.window}, got {self.stride}."
             )
-        _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        _ids(self.segment_ids, self.tokens, columns)
 
     def key(self) -> dict[str, Any]:
         """The window and the text."""
-        return _stream_key(self.tokens, self.window)
+        return _stream_key(self.tokens, self.window, self.segment_ids)
 
     def settings(self) -> dict[str, Any]:
         """The window and the stride."""
@@ -211,7 +238,8 @@ class SlidingWindow(ScoringProtocol):
         columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
         n_row, last = columns.shape[0], columns.shape[1] - 1
         window = min(self.window, last)
-        on_devices = parallel.replicate((self.variables, columns))
+        documents = _ids(self.segment_ids, self.tokens, columns)
+        on_devices = parallel.replicate((self.variables, columns, documents))
         n_device = len(jax.local_devices())
         size = self.batch_size or n_device * automatic_batch_size(self.model.config, window)
         per_call = max(1, size // n_device) * n_device
@@ -260,7 +288,8 @@ def sliding_window(
             their memory; `stride`, by default 1, the paper's protocol: larger ones give most
             positions less context and cost so many times less; `split_stream`, by default False,
             the official evaluator at batch_size > 1: the stream is cut into so many equal rows,
-            each with a first window of its own, and the remainder is not scored.
+            each with a first window of its own, and the remainder is not scored; `segment_ids`,
+            the document of each token: a token then sees those of its own only. None: all are one.
 
     Raises:
         UserError: a stream too short to score, a window below 1, a stride outside 1..window.
@@ -268,10 +297,12 @@ def sliding_window(
     return finish(SlidingWindow(model, variables, tokens, window, **options).partials())
 
 
-@functools.lru_cache(maxsize=16)
+@remembered
 def _segment_step(model: LanguageModel) -> Callable:
     """One segment of every row, compiled once however often a model is scored."""
-    return jax.jit(lambda variables, x, y, memory: model.apply(variables, x, y, memory))
+    return jax.jit(
+        lambda variables, x, y, memory, ids: model.apply(variables, x, y, memory, segment_ids=ids)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -284,6 +315,7 @@ class CarryOver(ScoringProtocol):
     segment: int
     batch_size: int = 1
     split_stream: bool = False
+    segment_ids: Stream | None = None
 
     name = "carry_over"
     unit = "tokens"
@@ -291,11 +323,12 @@ class CarryOver(ScoringProtocol):
     def __post_init__(self) -> None:
         if self.segment < 1:
             raise UserError(f"segment must be at least 1 token, got {self.segment}.")
-        _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
+        _ids(self.segment_ids, self.tokens, columns)
 
     def key(self) -> dict[str, Any]:
         """The segment and the text."""
-        return _stream_key(self.tokens, self.segment)
+        return _stream_key(self.tokens, self.segment, self.segment_ids)
 
     def settings(self) -> dict[str, Any]:
         """The segment, which results call a window; there is no stride."""
@@ -310,11 +343,15 @@ class CarryOver(ScoringProtocol):
         columns = _columns(self.tokens, self.model, self.batch_size, self.split_stream)
         n_row, last = columns.shape[0], columns.shape[1] - 1
         step, variables = _segment_step(self.model), jax.device_put(self.variables)
+        documents = _ids(self.segment_ids, self.tokens, columns)
         partial = done or Partial(Score(0.0, 0), n_row * last, 0, self.empty())
         for start in range(partial.position, last, self.segment):
             end = min(start + self.segment, last)
             x, y = jnp.asarray(columns[:, start:end]), jnp.asarray(columns[:, start + 1 : end + 1])
-            nll, memory = step(variables, x, y, partial.memory)
+            ids = None
+            if documents is not None:  # 0: that of the token before, and of the memory
+                ids = jnp.asarray(documents[:, start:end] - documents[:, max(start - 1, 0), None])
+            nll, memory = step(variables, x, y, partial.memory, ids)
             partial = partial.add(_sums(np.asarray(nll)), end, memory)
             yield partial
 
@@ -335,7 +372,8 @@ def carry_over(
         segment: tokens that are read at once.
         options: `split_stream`, by default False: cut the stream into `batch_size` (by default 1)
             equal rows without the remainder, as the official evaluator does; without it
-            `batch_size` does not count, as a chain of segments cannot be batched.
+            `batch_size` does not count, as a chain of segments cannot be batched; `segment_ids`,
+            as of `sliding_window`.
 
     Raises:
         UserError: a stream too short to score, a segment below 1.

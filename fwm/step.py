@@ -41,6 +41,8 @@ class Batch(NamedTuple):
     first: Bool[Array | np.ndarray, " B"]  # a memory carried into these rows is forgotten
     rows: Int[Array | np.ndarray, " B"]  # places in the global batch
     mask: Bool[Array | np.ndarray, "B T"] | None = None  # targets that count; None: all
+    # Documents that rows are packed with, see `LanguageModel`; None: each row is of one.
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None
 
 
 def init_state(
@@ -107,8 +109,9 @@ def train_step(
 
     def loss(params: Any, batch: Batch, memory: Any) -> tuple[Array, Any]:
         source = Dropout(dropout_key, batch.rows)
+        variables = {"params": params, **favor}
         nll, memory = model.apply(
-            {"params": params, **favor}, batch.tokens, batch.targets, memory, source
+            variables, batch.tokens, batch.targets, memory, source, batch.segment_ids
         )
         value = nll.mean() if batch.mask is None else masked_sums(batch, nll=nll)["nll"] / counted
         return value, None if state.memory is None else memory

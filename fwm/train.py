@@ -31,6 +31,7 @@ from fwm.files import flatten, lock_workdir
 from fwm.model import LanguageModel, empty_memory
 from fwm.optimizer import Schedule, adam, learning_rate
 from fwm.perplexity import in_words
+from fwm.registry import remembered
 from fwm.reporting import Progress, Reporter, Trace, parameter_table
 from fwm.step import (
     Batch,
@@ -118,16 +119,8 @@ def run(
 def _loop(this: Run) -> int:
     """Train to the end or to a signal, which is returned (0: none)."""
     t, own = this.config.train, parallel.rows(this.config.train.batch_size)
-    step = functools.partial(
-        train_step,
-        this.model,
-        this.optimizer,
-        this.schedule,
-        batch_chunk=t.batch_chunk,
-        skip=t.nan_policy == "skip",
-        average=parallel.mean,
-    )
-    update = parallel.pmap(step, donate_argnums=(0,))
+    skip = t.nan_policy == "skip"
+    update = _update(train_step, this.model, this.optimizer, this.schedule, t.batch_chunk, skip)
     measure = functools.partial(valid_step, this.task.score, this.model, total=parallel.total)
     score = parallel.pmap(measure)
     vote, asked, saved = parallel.Vote(), 0, this.clock()
@@ -151,6 +144,22 @@ def _loop(this: Run) -> int:
             with this.progress.paused():
                 _save(this, None)
     return max(asked - SAVE, 0)
+
+
+@remembered
+def _update(step: Callable, *parts: Any) -> Callable:
+    """`step` of what stays the same, on all devices; runs alike in one process compile it once."""
+    model, optimizer, schedule, batch_chunk, skip = parts
+    step = functools.partial(
+        step, model, optimizer, schedule, batch_chunk=batch_chunk, skip=skip, average=parallel.mean
+    )
+    return parallel.pmap(step, donate_argnums=(0,))
+
+
+@remembered
+def _first(init: Callable, *parts: Any) -> Callable[[], TrainState]:
+    """The state before the first step, compiled once for runs alike."""
+    return jax.jit(functools.partial(init, *parts))
 
 
 def _validate(this: Run, score: Callable) -> float:
@@ -205,18 +214,25 @@ def prepare(
             begun = Checkpoints(workdir / "checkpoints").latest_step() is not None
             task = TASKS[c.task](config, ("train", "valid"), subwords(c, workdir, begun))
             # Both refuse what does not fit.
-            task.batch(0, parallel.rows(t.batch_size))
+            batch = task.batch(0, parallel.rows(t.batch_size))
             model = LanguageModel(build_config(c.model.to_dict(), len(task.vocab)))
+            if batch.segment_ids is not None:
+                model.config.check_packs()
             optimizer = adam(schedule, t.clip, t.weight_decay)
             carries = model.config.carries(t.carry_over_fast_weight)
             empty = jax.eval_shape(functools.partial(empty_memory, model.config, t.batch_size))
             # A Transformer-XL of mem_len 0 carries on, but nothing that could be kept.
             carries = carries and all(leaf.size for leaf in jax.tree.leaves(empty))
             rows = t.batch_size if carries else 0
-            init = jax.jit(functools.partial(init_state, model, optimizer, c.seed, rows))
+            init = _first(init_state, model, optimizer, c.seed, rows)
             _check_memory(init.eval_shape())
             # A run that has begun needs the other one no more.
             other = None
+            if c.init_checkpoint != "best" and not (c.init_from or begun):
+                raise UserError(
+                    f"config.init_checkpoint={c.init_checkpoint} is one of config.init_from, which "
+                    "is not given: give both or neither."
+                )
             if c.init_from and not begun:
                 drawn = init().params
                 other = borrow(c, drawn, model.config, task.vocab, task.unit)
@@ -267,6 +283,11 @@ def prepare(
         if step == 0:
             reporter.message(parameter_table(state.params))
         reporter.message(_summary(config, task))
+        if t.warmup_step > t.max_step:
+            reporter.message(
+                f"Warning: train.warmup_step={t.warmup_step} is more than "
+                f"train.max_step={t.max_step}: the learning rate never comes to train.lr={t.lr:g}."
+            )
         state = to_devices(state, model, t.batch_size)
         this = Run(
             config, workdir, task, model, optimizer, schedule, step, state,

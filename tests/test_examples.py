@@ -1,10 +1,8 @@
-"""What a stranger adds in one file: trained, stopped, resumed, evaluated, refused in a sentence."""
+"""What a stranger adds in one file: trained, resumed, evaluated, refused in a sentence."""
 
 import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,24 +12,13 @@ from real_runs import assert_same_bits, final_state, log
 from fwm import workdir as workdirs
 from fwm.layers import MIXERS
 from fwm.ops import FEATURE_MAPS, UPDATE_RULES
-from fwm.reporting import Reporter
 from fwm.tasks import TASKS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def stop_after_the_first_step(monkeypatch):
-    plain = Reporter.train
-
-    def report(self, step, *args, **kwargs):
-        plain(self, step, *args, **kwargs)
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Reporter, "train", report)
-
-
 TASK = {"train__max_step": 4, "train__eval_interval": 2}
+PARITY = TASK | {"train__eval_batch_size": 64}  # eight batches to a validation
 OWN = {"own_rule": "update_rule", "own_mixer": "mixer", "own_feature_map": "feature_map"}
 KEYS = {
     # Its layer carries what it convolves beside the memory.
@@ -45,21 +32,21 @@ KEYS = {
 }  # fmt: skip
 
 
-def stopped_and_resumed(train, folder, monkeypatch, first, second, **changes):
-    """Trained at once by the file `first`, and stopped and gone on with by `second`: the same."""
+def killed_and_resumed(train, folder, first, second, **changes):
+    """Trained at once by the file `first`, and from its middle on by `second`: the same."""
     changes = TASK | changes
     status, out, err = train(folder / "whole", config=first, **changes)
     assert (status, err) == (0, "")
-    with monkeypatch.context() as patch:
-        stop_after_the_first_step(patch)
-        assert train(folder / "stopped", config=first, **changes)[0] == 143
-    assert final_state(folder / "stopped")["step"] == 2
-    status, resumed, err = train(folder / "stopped", config=second, **changes)
+    # What a run leaves that is killed while its last checkpoint is written.
+    shutil.copytree(folder / "whole", folder / "killed")
+    shutil.rmtree(folder / "killed" / "checkpoints" / "4")
+    assert final_state(folder / "killed")["step"] == 2
+    status, resumed, err = train(folder / "killed", config=second, **changes)
     assert (status, err) == (0, "")
     assert "at step 2." in resumed
-    assert log(folder / "stopped") == log(folder / "whole")
-    assert_same_bits(final_state(folder / "stopped"), final_state(folder / "whole"))
-    for name, file in (("whole", first), ("stopped", second)):
+    assert log(folder / "killed") == log(folder / "whole")
+    assert_same_bits(final_state(folder / "killed"), final_state(folder / "whole"))
+    for name, file in (("whole", first), ("killed", second)):
         config = json.loads((folder / name / "config.json").read_text())
         assert config["registered_in"] == str(Path(file).absolute())
     return out
@@ -72,9 +59,7 @@ def test_what_is_ones_own_is_trained_resumed_evaluated_and_writes(
     file = EXAMPLES / f"{name}.py"
     monkeypatch.chdir(file.parent)
     carry = {} if name == "own_feature_map" else {"train__carry_over_fast_weight": True}
-    stopped_and_resumed(
-        train, tmp_path, monkeypatch, file, file.name, model__no_pos=True, **KEYS[name], **carry
-    )
+    killed_and_resumed(train, tmp_path, file, file.name, model__no_pos=True, **KEYS[name], **carry)
     whole, given = f"--workdir={tmp_path / 'whole'}", f"--config={file}"
     places = [
         f"--config.data.{k}={place / v}" for k, v in (("dir", "text"), ("cache_dir", "cache"))
@@ -105,7 +90,7 @@ def parity(place):
     folder = place / "parity"
     folder.mkdir()
     shutil.copy(EXAMPLES / "own_task.py", folder / "mine.py")
-    settings = SIZES | {name.replace("__", "."): value for name, value in TASK.items()}
+    settings = SIZES | {name.replace("__", "."): value for name, value in PARITY.items()}
     settings |= {"data.cache_dir": place / "cache", "data.dir": place / "text"}
     fields = [f"--config.{name}={value}" for name, value in settings.items()]
     status, _, err = call(f"--config={folder / 'mine.py'}", f"--workdir={folder / 'run'}", *fields)
@@ -113,11 +98,11 @@ def parity(place):
     return folder
 
 
-def test_a_task_of_ones_own_is_trained_stopped_and_resumed(train, parity, tmp_path, monkeypatch):
+def test_a_task_of_ones_own_is_trained_and_resumed(train, parity, tmp_path, monkeypatch):
     monkeypatch.chdir(parity)
     # The file that a run needs may lie elsewhere later.
     moved = shutil.copy(parity / "mine.py", parity / "moved.py")
-    out = stopped_and_resumed(train, tmp_path, monkeypatch, "mine.py", moved)
+    out = killed_and_resumed(train, tmp_path, "mine.py", moved, **PARITY)
     assert "Data: parity, sequences of 8 drawn anew for every step, 512 for valid" in out
     assert "Training: 4 steps of 32 tokens.\n" in out
     assert re.search(r">>> validation at step 4: loss .* accuracy 0\.\d{4}  \(", out)
@@ -158,13 +143,16 @@ def test_what_counts_is_drawn_from_seed_split_and_index_alone(parity):
     batch = whole.batch(3, slice(None))
     assert batch.tokens.shape == (4, 8)
     own = part.batch(3, slice(2, 4))
-    for ours, theirs in zip(own, batch, strict=True):
+    assert (own.segment_ids, batch.segment_ids) == (None, None)
+    for ours, theirs in zip(own[:-1], batch[:-1], strict=True):
         assert (ours == theirs[2:4]).all()
     assert (whole.batch(4, slice(None)).tokens != batch.tokens).any()
     assert (batch.targets == batch.tokens.cumsum(1) % 2).all()
     found = list(whole.batches("valid", slice(None)))
-    assert len(found) == 256
+    assert len(found) == 8
     assert (found[0].tokens != next(whole.batches("test", slice(None))).tokens).any()
     # What fills the last batch up does not count.
     whole.n_eval = 3
-    assert [b.mask.any(1).tolist() for b in whole.batches("valid", slice(None))][1][1] is False
+    (last,) = whole.batches("valid", slice(None))
+    assert last.mask[:3].any()
+    assert not last.mask[3:].any()

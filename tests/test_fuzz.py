@@ -14,7 +14,7 @@ from program import call
 from configs import default
 from fwm import data, ops, step, train
 from fwm.errors import UserError
-from fwm.model import LanguageModel, build_config
+from fwm.model import LanguageModel, build_config, empty_memory
 
 FUZZ = settings(derandomize=True, deadline=None)
 VOCABULARY = 30
@@ -29,7 +29,14 @@ def one_sentence(error):
 # --- settings -------------------------------------------------------------------------------------
 
 MODEL = {
-    "mixer": ["fast_weight", "softmax", "transformer_xl"],
+    "mixer": [
+        "fast_weight",
+        "softmax",
+        "transformer_xl",
+        ("fast_weight", "softmax"),
+        ("softmax", "transformer_xl"),
+    ],
+    "attention_window": [0, 3],
     "feature_map": ["elu", "favor", "dpfp"],
     "update_rule": ["sum", "delta"],
     "attn_normalization": ["none", "output", "output_and_key"],
@@ -77,18 +84,21 @@ def test_settings_that_are_accepted_take_a_step(seed):
     while model is None:
         fields = {name: values[rng.integers(len(values))] for name, values in MODEL.items()}
         try:
-            model = LanguageModel(build(fields | {"n_layer": 1}))
+            n_layer = 1 if isinstance(fields["mixer"], str) else 2
+            model = LanguageModel(build(fields | {"n_layer": n_layer}))
         except UserError as error:
             one_sentence(error)
     schedule = train.learning_rate("inv_sqrt", 0.01, 0, 10)
     optimizer = train.adam(schedule, 0.0)
-    remembers = model.config.mixer == "fast_weight" or model.config.mem_len > 0
-    carry = remembers and bool(rng.integers(2))
+    memory = jax.tree.leaves(jax.eval_shape(lambda: empty_memory(model.config, 2)))
+    remembers = memory and all(leaf.size for leaf in memory)
+    carry = bool(remembers) and bool(rng.integers(2))
     init = functools.partial(step.init_state, model, optimizer, 1, 2 * carry)
     options = {"batch_chunk": int(rng.integers(1, 3)), "skip": bool(rng.integers(2))}
     update = functools.partial(step.train_step, model, optimizer, schedule, **options)
     tokens = np.arange(10, dtype=np.int32).reshape(2, 5)
-    batch = step.Batch(tokens, tokens, np.ones(2, bool), np.arange(2))
+    documents = tokens // 4 if rng.integers(2) else None
+    batch = step.Batch(tokens, tokens, np.ones(2, bool), np.arange(2), segment_ids=documents)
     kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     state = jax.eval_shape(init)
     assert kinds(jax.eval_shape(update, state, batch)[0]) == kinds(state)

@@ -1,5 +1,7 @@
 """Whole models against numbers measured from the official code (tests/golden, kinds model,
-model_xl, carry_over), with every parameter's gradient, through the public names alone."""
+model_xl, carry_over), with every parameter's gradient."""
+
+from functools import partial
 
 import jax
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from golden_files import GOLDEN, MANIFEST, batch_first, files, load, part
 
 from fwm.interop import to_lmtool
+from fwm.model import LanguageModel, empty_memory
 
 ATOL = 5e-6  # hidden and nll, as the manifest says
 
@@ -15,23 +18,32 @@ def close(ours, golden, atol):
     np.testing.assert_allclose(np.asarray(ours), golden, rtol=0, atol=atol)
 
 
-def run(model, variables, tokens, targets, memory=None, gradients=True):
-    """hidden, nll, memory and official gradients of the mean nll, in one compilation."""
+def is_hidden(module, method):
+    """The call whose result is the softmax's input."""
+    return isinstance(module, LanguageModel) and method == "_hidden"
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def compute(model, gradients, variables, tokens, targets, memory):
+    """hidden, nll, memory and gradients of the mean nll, all of one pass through the model."""
 
     def loss(params):
-        nll, new = model.apply({**variables, "params": params}, tokens, targets, memory)
-        return nll.mean(), (nll, new)
+        (nll, new), kept = model.apply(
+            {**variables, "params": params}, tokens, targets, memory,
+            capture_intermediates=is_hidden, mutable=["intermediates"],
+        )  # fmt: skip
+        ((hidden, _, _),) = kept["intermediates"]["_hidden"]
+        return nll.mean(), (hidden, nll, new)
 
-    @jax.jit
-    def compute(params):
-        given = {**variables, "params": params}
-        hidden, _ = model.apply(given, tokens, memory, method="hidden")
-        if not gradients:
-            return hidden, *loss(params)[1], None
-        found, (nll, new) = jax.grad(loss, has_aux=True)(params)
-        return hidden, nll, new, found
+    if gradients:
+        found, values = jax.grad(loss, has_aux=True)(variables["params"])
+        return *values, found
+    return *loss(variables["params"])[1], None
 
-    hidden, nll, new, found = compute(variables["params"])
+
+def run(model, variables, tokens, targets, memory=None, gradients=True):
+    """hidden, nll, memory and official gradients of the mean nll."""
+    hidden, nll, new, found = compute(model, gradients, variables, tokens, targets, memory)
     return hidden, nll, new, to_lmtool(model.config, {"params": found}) if gradients else None
 
 
@@ -60,14 +72,16 @@ def test_model(name):
 @pytest.mark.parametrize("name", files("model_xl", "carry_over"))
 def test_segments(name):
     arrays, config, model, variables = load(name)
-    memory = None
-    last = len(config["segment_lengths"]) - 1
+    # The first segment starts from what None stands for, so that equal ones share a program.
+    memory = empty_memory(model.config, arrays["segment0/tokens"].shape[1])
+    lengths = config["segment_lengths"]
+    last = len(lengths) - 1
     for i in range(last + 1):
         segment = part(arrays, f"segment{i}/")
         tokens, targets = batch_first(segment["tokens"]), batch_first(segment["targets"])
         # The official code has no gradient into earlier segments, so there is the last one's.
         hidden, nll, memory, gradients = run(
-            model, variables, tokens, targets, memory, gradients=i == last
+            model, variables, tokens, targets, memory, gradients=lengths[i] == lengths[last]
         )
         close(hidden, batch_first(segment["hidden"]), ATOL)
         close(nll, batch_first(segment["nll"]), ATOL)

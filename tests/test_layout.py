@@ -29,7 +29,9 @@ ALLOWED = {
     "fwm.model_config": {"fwm.errors", "fwm.layers", "fwm.limits"},
     "fwm.config": {"fwm.errors", "fwm.files", "fwm.limits", "fwm.model_config", "fwm.optimizer"},
     "fwm.model": {"fwm.errors", "fwm.config", "fwm.ops", "fwm.layers"},
-    "fwm.interop": {"fwm.errors", "fwm.config", "fwm.model", "fwm.model_config", "fwm.ops"},
+    "fwm.interop": {
+        "fwm.errors", "fwm.config", "fwm.model", "fwm.model_config", "fwm.ops", "fwm.registry"
+    },
     "fwm.reporting": {
         "fwm.errors", "fwm.files", "fwm.parallel", "fwm.perplexity", "fwm.terminal"
     },
@@ -47,7 +49,8 @@ ALLOWED = {
     },
     "fwm.step": {"fwm.model", "fwm.ops", "fwm.optimizer", "fwm.parallel"},
     "fwm.score": {
-        "fwm.errors", "fwm.config", "fwm.model", "fwm.ops.checks", "fwm.parallel", "fwm.perplexity"
+        "fwm.errors", "fwm.config", "fwm.model", "fwm.ops.checks", "fwm.parallel",
+        "fwm.perplexity", "fwm.registry",
     },
     "fwm.tasks": {"fwm.data", "fwm.errors", "fwm.model", "fwm.registry", "fwm.score", "fwm.step"},
     "fwm.workdir": {

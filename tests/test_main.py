@@ -297,8 +297,10 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_total(trained, tmp_path, 
         saved["train"]["carry_over_fast_weight"] = True
         (workdir / "config.json").write_text(json.dumps(saved))
     arguments = ("valid", workdir, "--config.eval.batch_size=4", "--config.eval.tgt_len=4")
+    arguments += (f"--config.eval.stride={4 if carry else 1}",)
     whole = evaluate(*arguments)
     assert whole[0] == 0
+    assert ("note: eval.stride=4 is not used: no window slides" in whole[1]) == carry
     expected = json.loads((workdir / "valid_results.json").read_text())
     (workdir / "valid_results.json").unlink()
 

@@ -85,18 +85,20 @@ def test_variant(variant):
     config, variables = make(variant)
     model = LanguageModel(config)
     half = LanguageModel(dataclasses.replace(config, dtype="bfloat16"))
+    continues = config.no_pos or config.mixer == "transformer_xl"
 
     @jax.jit
     def everything(tokens, targets):
         call = lambda *arguments: model.apply(variables, *arguments)
         cut = lambda part: (tokens[:, part], targets[:, part])
-        first, memory = call(*cut(slice(0, SPLIT)), empty_memory(config, B))
-        second, memory = call(*cut(slice(SPLIT, T)), memory)
         out = {
             "whole": call(tokens, targets),
-            "parts": (jnp.concatenate([first, second], axis=1), memory),
             "log_probs": model.apply(variables, tokens, method="log_probs")[0],
         }
+        if continues:
+            first, memory = call(*cut(slice(0, SPLIT)), empty_memory(config, B))
+            second, memory = call(*cut(slice(SPLIT, T)), memory)
+            out["parts"] = (jnp.concatenate([first, second], axis=1), memory)
         if variant in ONE_OF_EACH:
             out["last"] = call(tokens, targets[:, -3:])[0]
             out["half"] = half.apply(variables, tokens, targets)[0]
@@ -124,7 +126,7 @@ def test_variant(variant):
 
     # Carried from an empty memory over two segments: as one call, unless positions restart.
     assert (memory is None) == (not config.carries_memory)
-    if config.no_pos or config.mixer == "transformer_xl":
+    if continues:
         parts, parts_memory = out["parts"]
         if config.carries_memory:
             close(parts, nll)

@@ -17,8 +17,6 @@ from real_runs import log
 
 from fwm.files import read_json
 
-pytestmark = pytest.mark.quick  # see .ci/run
-
 FOLDER = Path(__file__).parent / "old_runs"
 RUNS = sorted(path.parent.name for path in FOLDER.glob("*/train.json"))
 SAVED, END = 4, 8
@@ -30,7 +28,9 @@ def test_the_old_runs_are_found():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.quick] * ("_carried" in n)) for n in RUNS]
+)
 def test_goes_on_and_is_evaluated_as_before(name, place, tmp_path):
     old = FOLDER / name
     run = tmp_path / "run"

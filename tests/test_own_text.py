@@ -25,7 +25,12 @@ def test_a_text_file_is_trained_on_evaluated_and_continued(tmp_path, monkeypatch
     text = "".join(f"Once upon a time, wörd {i} was the end.\n" for i in range(60))
     (tmp_path / "input.txt").write_text(text)
     small = {name: value for name, value in SIZES.items() if name != "data.name"}
-    small |= {"train.max_step": 2, "data.cache_dir": "cache", "data.vocab_size": 300}
+    small |= {
+        "train.max_step": 2,
+        "train.warmup_step": 3,
+        "data.cache_dir": "cache",
+        "data.vocab_size": 300,
+    }
     told = []
     for command in COMMANDS:
         training = "--mode" not in command
@@ -40,6 +45,7 @@ def test_a_text_file_is_trained_on_evaluated_and_continued(tmp_path, monkeypatch
     assert len(told) == 3
     assert "Data: input, " in told[0]
     assert " 300 subwords." in told[0]
+    assert "Warning: train.warmup_step=3 is more than train.max_step=2: the learning" in told[0]
     results = json.loads((tmp_path / "runs/mine/test_results.json").read_text())
     words = results["text"]["tokens"] / results["text"]["words"]
     per_word = results["perplexity"] ** words

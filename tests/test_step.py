@@ -35,6 +35,12 @@ def parts():
     return model, optimizer, schedule, jax.jit(init)()
 
 
+@pytest.fixture(scope="module")
+def update(parts):
+    """The step on one device, compiled once for all tests."""
+    return jax.jit(functools.partial(train_step, *parts[:3]))
+
+
 def batch(mask=None):
     tokens = np.arange(ROWS * (LENGTH + 1), dtype=np.int32).reshape(ROWS, LENGTH + 1) * 7 % 20
     first, rows = np.zeros(ROWS, bool), np.arange(ROWS, dtype=np.int32)
@@ -44,28 +50,26 @@ def batch(mask=None):
 UNEVEN = np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) >= 15  # Two rows count nothing at all.
 
 
-def test_a_mask_of_all_is_none(parts):
-    model, optimizer, schedule, state = parts
-    update = jax.jit(functools.partial(train_step, model, optimizer, schedule))
+def test_a_mask_of_all_is_none(parts, update):
+    state = parts[-1]
     (plain, a), (masked, b) = (update(state, batch(m)) for m in (None, np.ones_like(UNEVEN)))
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
     np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
     assert_same_bits(jax.device_get(plain.memory), jax.device_get(masked.memory))
 
 
-def test_what_is_masked_has_no_influence(parts):
-    model, optimizer, schedule, state = parts
-    update = jax.jit(functools.partial(train_step, model, optimizer, schedule))
+def test_what_is_masked_has_no_influence(parts, update):
+    state = parts[-1]
     one = batch(UNEVEN)
     other = one._replace(targets=np.where(UNEVEN, one.targets, 3).astype(np.int32))
     assert_same_bits(*(jax.device_get(update(state, x)) for x in (one, other)))
 
 
-def test_the_masked_loss_is_that_of_the_whole_batch_however_it_is_divided(parts):
+def test_the_masked_loss_is_that_of_the_whole_batch_however_it_is_divided(parts, update):
     """On one device at once, in parts, and over two devices whose shares of the mask differ."""
     model, optimizer, schedule, state = parts
     bound = functools.partial(train_step, model, optimizer, schedule)
-    whole, metrics = jax.jit(bound)(state, batch(UNEVEN))
+    whole, metrics = update(state, batch(UNEVEN))
     in_parts, others = jax.jit(functools.partial(bound, batch_chunk=2))(state, batch(UNEVEN))
     on_two = parallel.pmap(functools.partial(bound, average=parallel.mean))
     spread, devices = on_two(step.to_devices(state, model, ROWS), parallel.split(batch(UNEVEN)))
@@ -85,14 +89,45 @@ def test_the_masked_loss_is_that_of_the_whole_batch_however_it_is_divided(parts)
             np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 
 
+def test_the_step_and_the_score_keep_documents_apart(parts):
+    model, optimizer, schedule, state = parts
+    ids = np.array([[0, 0, 1, 1, 2, 2]] * 2 + [[0] * 6, [3, 3, 3, 4, 4, 4]], np.int32)
+
+    @jax.jit
+    def everything(state, packed):
+        variables = {"params": state.params}
+        apply = lambda source: model.apply(
+            variables, packed.tokens, packed.targets, state.memory, source, packed.segment_ids
+        )[0]
+        step = functools.partial(train_step, model, optimizer, schedule, batch_chunk=2)
+        return {
+            "loss": step(state, packed)[1]["loss"],
+            "its own": apply(step_source(state)).mean(),
+            "nll": Copy().score(model, variables, packed, state.memory)[0]["nll"],
+            "its own nll": apply(None).sum(),
+            "of one document": model.apply(variables, packed.tokens, packed.targets)[0].sum(),
+        }
+
+    # Matrices that are large enough for the model to have opinions.
+    state = state._replace(params=jax.tree.map(lambda x: 5 * x, state.params))
+    packed = batch()._replace(segment_ids=ids)
+    found = {name: float(value) for name, value in everything(state, packed).items()}
+    assert found["loss"] == pytest.approx(found["its own"], rel=1e-5)
+    assert found["nll"] == pytest.approx(found["its own nll"], rel=1e-5)
+    assert found["nll"] != pytest.approx(found["of one document"], rel=1e-5)
+
+
+def step_source(state):
+    return step.Dropout(dropout_key(state), batch().rows)
+
+
 def dropout_key(state):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     return jax.random.split(key)[1]
 
 
-def test_a_batch_of_which_nothing_counts_changes_no_parameter(parts):
-    model, optimizer, schedule, state = parts
-    update = jax.jit(functools.partial(train_step, model, optimizer, schedule))
+def test_a_batch_of_which_nothing_counts_changes_no_parameter(parts, update):
+    state = parts[-1]
     after, metrics = update(state, batch(np.zeros_like(UNEVEN)))
     assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0.0, 0.0)
     assert_same_bits(jax.device_get(after.params), jax.device_get(state.params))

@@ -2,19 +2,15 @@
 
 import functools
 import itertools
-import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from real_runs import assert_same_bits, final_state, log, on_devices
+from real_runs import assert_same_bits, final_state, log
 
 from configs import default
 from fwm import data, train
@@ -25,7 +21,6 @@ from fwm.model import LanguageModel, build_config
 from fwm.reporting import Reporter
 from fwm.step import Batch, init_state
 
-ROOT = Path(__file__).parents[1]
 FAST_WEIGHT = {
     "model.feature_map": "favor",
     "model.attn_normalization": "output_and_key",
@@ -44,8 +39,6 @@ VARIANTS: dict[str, dict] = {
     "fast_weight": FAST_WEIGHT,
     "transformer_xl": {"model.mixer": "transformer_xl", "model.mem_len": 8, "model.dropatt": 0.1},
 }
-# The same run on one device, in a process of its own, while the tests on two devices run here.
-ON_ONE_DEVICE: dict[str, dict] = {"whole": {}, "accumulated": {"train.batch_chunk": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -66,47 +59,6 @@ def settings(folder, variant, **changes):
     return config
 
 
-ONE_DEVICE = """
-import json, sys
-from pathlib import Path
-import jax
-from configs import default
-from fwm import train
-
-assert len(jax.devices()) == 1
-for workdir, fields in json.load(sys.stdin).items():
-    config = default.defaults()
-    config.update_from_flattened_dict(fields)
-    train.run(config, Path(workdir))
-"""
-
-
-@pytest.fixture(scope="module")
-def one_device(place):
-    """Waits for the runs on one device; they are started with the module's first test."""
-    runs = {
-        str(place / name): train.flatten(settings(place, "fast_weight", **changes).to_dict())
-        for name, changes in ON_ONE_DEVICE.items()
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", ONE_DEVICE],
-        cwd=ROOT,
-        env=on_devices(1),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    )
-    with process:
-        process.stdin.write(json.dumps(runs).encode())
-        process.stdin.close()
-
-        def workdir(name):
-            assert process.wait() == 0
-            return place / name
-
-        yield workdir
-        process.kill()
-
-
 @pytest.fixture(scope="module")
 def saves():
     """By variant, what `whole` has saved: each step, and whether it was validated."""
@@ -114,7 +66,7 @@ def saves():
 
 
 @pytest.fixture(scope="module")
-def whole(place, one_device, saves):
+def whole(place, saves):
     """An uninterrupted run of a variant, made once."""
 
     @functools.cache
@@ -263,7 +215,7 @@ def test_a_dropped_update_changes_nothing_but_the_count(monkeypatch):
     schedule = train.learning_rate("cosine", 0.01, 0, 10)
     optimizer = train.adam(schedule, 0.25)
     step = jax.jit(functools.partial(train.train_step, model, optimizer, schedule, skip=True))
-    states = [init_state(model, optimizer, 1, 2)]
+    states = [jax.jit(functools.partial(init_state, model, optimizer, 1, 2))()]
     tokens = np.arange(16, dtype=np.int32).reshape(2, 8)
     batch = Batch(tokens, tokens, np.zeros(2, bool), np.arange(2))
     rates = []
@@ -335,15 +287,20 @@ def test_checkpoints_that_cannot_be_written(place, whole, monkeypatch, tmp_path,
     assert_same_bits(final_state(tmp_path), final_state(whole("fast_weight")))
 
 
+def use_devices(monkeypatch, number):
+    """Train on the first ones alone; test_distributed.py has processes with one device each."""
+    devices = jax.local_devices()[:number]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: number)
+    monkeypatch.setattr(jax, "local_device_count", lambda: number)
+
+
 def test_another_number_of_devices_on_the_way(place, whole, monkeypatch, tmp_path):
     """Two devices, then one, then two: the same losses."""
     config = settings(place, "fast_weight")
-    devices = jax.local_devices()
     for number, stop in ((2, 5), (1, 12), (2, None)):
         with monkeypatch.context() as patch:
-            patch.setattr(jax, "local_devices", lambda number=number: devices[:number])
-            patch.setattr(jax, "device_count", lambda number=number: number)
-            patch.setattr(jax, "local_device_count", lambda number=number: number)
+            use_devices(patch, number)
             if stop:
                 stop_after(patch, stop)
             assert train.run(config, tmp_path) == (143 if stop else 0)
@@ -367,10 +324,15 @@ def test_computing_in_bfloat16_from_some_step_on(place, whole, monkeypatch, tmp_
     np.testing.assert_allclose(ours, expected, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ON_ONE_DEVICE)
-def test_one_device_and_parts_of_a_batch_give_the_same_losses(whole, one_device, name):
+@pytest.mark.parametrize("changes", [{}, {"train.batch_chunk": 4}], ids=["whole", "accumulated"])
+def test_one_device_and_parts_of_a_batch_give_the_same_losses(
+    place, whole, monkeypatch, tmp_path, changes
+):
     """Rows of the batch are spread over 2 devices, or 1, or taken one after another."""
-    ours, expected = log(one_device(name)), log(whole("fast_weight"))
+    expected = log(whole("fast_weight"))
+    use_devices(monkeypatch, 1)
+    assert train.run(settings(place, "fast_weight", **changes), tmp_path) == 0
+    ours = log(tmp_path)
     for column, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("learning_rate", 0)):
         a, b = ([float(row[column] or 0) for row in rows] for rows in (ours, expected))
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=column)

@@ -201,7 +201,10 @@ def test_a_run_begins_with_the_weights_of_another(trained, place, tmp_path, caps
     with pytest.raises(UserError, match=r"has no checkpoint 7"), training.prepare(config, new):
         pass
     assert not new.exists()
-    config.init_checkpoint = "best"
+    config.init_from = ""
+    with pytest.raises(UserError, match="init_from, which is not given"):
+        training.prepare(config, new).__enter__()
+    config.init_from, config.init_checkpoint = str(other), "best"
     with training.prepare(config, new) as this:
         params = jax.device_get(parallel.first(this.state.params))
         this.checkpoints.save(0, to_host(this.state), valid_loss=None)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from fwm.data import segments, subwords, tokens
+from fwm.data import borders, segments, subwords, tokens
 from fwm.data.cache import build_once, cache_folder, file_digest
 from fwm.data.segments import ALL_ROWS, ShuffledSentences
 from fwm.data.sources import CHARACTER_SETS, SPLITS, Source, label, layout, locate
@@ -40,8 +40,12 @@ class Corpus:
     warnings: tuple[str, ...] = ()
     sentences: bool = False
     # Of every split that was prepared: name, dir (or file), digest of the tokens, tokens; words,
-    # characters and bytes where tokens are not words.
+    # characters and bytes where tokens are not words; how many documents where they are apart and
+    # what they begin_at, their places then being part of the digest.
     texts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # By split, for every place of the stream and its end, how many documents have begun before it;
+    # {}: the text is one document.
+    documents: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def _shuffled(self) -> ShuffledSentences:
@@ -60,6 +64,19 @@ class Corpus:
             return self._shuffled.train_batch(step, batch_size, tgt_len, seed, rows)
         return segments.train_batch(self.streams["train"], step, batch_size, tgt_len, rows)
 
+    def train_segment_ids(
+        self, step: int, batch_size: int, tgt_len: int, rows: slice = ALL_ROWS
+    ) -> Int32[np.ndarray, "B T"] | None:
+        """Return the documents of `train_batch`'s tokens, 0 the one of the token before the row.
+
+        None: the text is one document.
+        """
+        if not self.documents:
+            return None
+        begun = self.documents["train"][:-1]
+        before, ids, _ = segments.train_batch(begun, step, batch_size, tgt_len, rows)
+        return ids - before[:, :1]
+
 
 def load(
     name: str,
@@ -73,6 +90,7 @@ def load(
     tokenizer: str = "",
     vocab_size: int = 0,
     field: str = "text",
+    documents: bool = False,
 ) -> Corpus:
     """Open a corpus, preparing it first if that has not been done.
 
@@ -89,6 +107,8 @@ def load(
         empty: `vocab`'s, else words, or as a character set is read.
       vocab_size: how many subwords, the 256 bytes among them; 0: 8192.
       field: which field of .jsonl, .parquet and saved data sets has the text.
+      documents: find where its documents begin: those of files that have them one by one, else at
+        headings, else after blank lines.
 
     Raises:
       UserError: the text is not there, lacks a split, is empty, not UTF-8 or not of this kind, has
@@ -104,12 +124,16 @@ def load(
     if vocab is not None and theirs != ours:
         raise UserError(
             f"The model reads {theirs or 'words'}, but config.data.tokenizer={tokenizer} reads"
-            f" {name} otherwise: leave it out."
+            f" {label(name, dir, file)} otherwise: leave it out."
         )
     if vocab_size and tokenizer != "bpe":
         raise UserError(
             f"config.data.vocab_size={vocab_size} is for config.data.tokenizer=bpe: leave it at 0."
         )
+    sentences, begun = name.removeprefix("tfds:") == "lm1b", {}
+    if documents and (sentences or name in CHARACTER_SETS):
+        what = "sentences that are shuffled" if sentences else "characters without documents"
+        raise UserError(f"config.data.documents has no meaning for {name}, {what}: leave it out.")
     where = dir or file
     needed = splits if vocab is not None else (*splits, "train")
     for split in needed:
@@ -139,18 +163,27 @@ def load(
     # The same text may lie in several folders, so that the paths are not part of what is kept.
     warnings = {split: f"{source.where(split)}: {w}" for split, w in meta["warnings"].items()}
     shown = label(name, dir, file)
+    texts = {
+        split: {"name": shown, "dir": where, "digest": digest, "tokens": meta["tokens"][split]}
+        | meta.get("sizes", {}).get(split, {})
+        for split, digest in meta["digests"].items()
+    }
+    if documents:
+        folder = borders.prepare(entry, vocab, source, cache)
+        begun = {split: np.memmap(folder / f"{split}.int32", np.int32, "r") for split in splits}
+        for split, found in json.loads((folder / "meta.json").read_text()).items():
+            both = texts[split]["digest"] + found["digest"]
+            digest = hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
+            texts[split] |= {**found, "digest": digest}
     return Corpus(
         name=shown,
         vocab=vocab,
         streams={split: np.memmap(entry / f"{split}.int32", np.int32, "r") for split in splits},
         unit=source.unit,
         warnings=tuple(warnings[split] for split in splits if split in warnings),
-        sentences=name.removeprefix("tfds:") == "lm1b",
-        texts={
-            split: {"name": shown, "dir": where, "digest": digest, "tokens": meta["tokens"][split]}
-            | meta.get("sizes", {}).get(split, {})
-            for split, digest in meta["digests"].items()
-        },
+        sentences=sentences,
+        texts=texts,
+        documents=begun,
     )
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fwm.data.cache import build_once, file_digest
-from fwm.data.tokens import texts
+from fwm.data.tokens import Span, texts
 from fwm.errors import UserError
 from fwm.files import read_json
 
-# Part of the cache key: raise it when the text comes out otherwise.
-FORMAT = 1
+# Part of the cache key: raise it when the files come out otherwise.
+FORMAT = 2
 PLAIN = (".txt", ".txt.gz")
 LINES = (".jsonl", ".jsonl.gz")
 KINDS = (*PLAIN, *LINES, ".parquet")
@@ -123,7 +123,8 @@ def gather(files: Files, field: str, cache_dir: Path) -> tuple[Path, dict[str, t
     """Write documents one below the other, each ended by a newline: once, in the cache.
 
     Returns:
-      The folder with a text `<split>.txt` for every split, `whole.txt` for the split ""; and if
+      The folder with a text `<split>.txt` for every split, `whole.txt` for the split "", and beside
+      each `.begins`, the places in it where a document begins; and if
       there are enough documents in this one, where each split of it begins and ends: the last 5% of
       them are for testing, the 5% before for validation.
 
@@ -141,6 +142,11 @@ def gather(files: Files, field: str, cache_dir: Path) -> tuple[Path, dict[str, t
     return folder, {split: (start, stop) for split, start, stop in borders}
 
 
+def list_of(span: Span) -> Path:
+    """The file, int64, with the places in a span's text at which its documents begin."""
+    return Path(span.path).with_suffix(".begins")
+
+
 def _write(files: Files, field: str, folder: Path) -> None:
     borders: list[tuple[str, int, int]] = []
     for split, paths in files.items():
@@ -151,6 +157,8 @@ def _write(files: Files, field: str, folder: Path) -> None:
                     out.writelines(piece.encode("utf-8") for piece in document)
                     if out.tell() > ends[-1]:
                         ends.append(out.tell())
+        with open(folder / f"{split or WHOLE}.begins", "wb") as out:
+            ends[:-1].tofile(out)
         held_out, n = (len(ends) - 1) // ENOUGH, len(ends) - 1
         if not split and held_out:
             marks = [ends[at] for at in (0, n - 2 * held_out, n - held_out, n)]

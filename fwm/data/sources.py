@@ -30,12 +30,14 @@ class Source:
 
     min_count: words rarer than this in the training text are `<unk>`, as the benchmark demands.
     called: what a span is called where its path would not help: it is a file of our own.
+    gathered: whether the spans are of documents that came as such, `documents.gather`.
     """
 
     spans: Mapping[str, Span]
     unit: str
     min_count: int = 1
     called: Mapping[str, str] = field(default_factory=dict)
+    gathered: bool = False
 
     def where(self, split: str) -> str:
         """What the text of a split is called in a message."""
@@ -163,10 +165,11 @@ def _gathered(files: documents.Files, where: str, cache_dir: Path, field: str) -
     if "" not in files:
         paths = {split: str(folder / f"{split}.txt") for split in SPLITS if split in files}
         spans = {split: Span(p, 0, os.path.getsize(p), "lines") for split, p in paths.items()}
-        return Source(spans, "word", called={s: f"The {s} split of {where}" for s in spans})
+        called = {s: f"The {s} split of {where}" for s in spans}
+        return Source(spans, "word", called=called, gathered=True)
     text = str(folder / f"{documents.WHOLE}.txt")
     spans = {s: Span(text, *ends, "lines") for s, ends in borders.items()} or _cut(text, where)
-    return Source(spans, "word", called=dict.fromkeys(spans, where))
+    return Source(spans, "word", called=dict.fromkeys(spans, where), gathered=True)
 
 
 def _cut(path: str, where: str) -> dict[str, Span]:

@@ -20,6 +20,7 @@ from fwm.errors import UserError
 from fwm.model import LanguageModel, redraw_projections
 from fwm.model_config import mixer_keys
 from fwm.ops import UPDATE_RULES
+from fwm.registry import remembered
 
 # attn_type: (mixer, feature map, update rule, attention normalisation unless skipped, scale_output)
 ATTN_TYPES = {
@@ -356,6 +357,7 @@ def from_lmtool(
     return c, jax.tree.map(jnp.asarray, variables)
 
 
+@remembered
 def _abstract_variables(c: ModelConfig) -> dict:
     tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
     return jax.eval_shape(LanguageModel(c).init, jax.random.key(0), tokens, tokens)

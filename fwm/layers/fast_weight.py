@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fwm import ops
 from fwm.errors import UserError
@@ -66,6 +66,7 @@ class FastWeightAttention(Mixer):
     """
 
     carries = "asked"
+    packs = True
     limits = MappingProxyType(
         {
             "dpfp_n_roll": whole(1, 1000),  # every roll is a part of the program
@@ -109,9 +110,10 @@ class FastWeightAttention(Mixer):
         features, rule = self._features(self._arrays()), ops.UPDATE_RULES[self.update_rule]
         projection = Heads(self.n_head, self._widths(), self.dtype, name="qkv")
         columns = projection(x if norm is None else norm(x))
+        ids = None if shared is None else shared.segment_ids
         memory, recent = carried if isinstance(carried, ConvolvedState) else (carried, None)
         if self.short_conv:
-            columns, recent = self._convolved(columns, recent)
+            columns, recent = self._convolved(columns, recent, ids)
         q, k, v, *given, decay, gate = columns
         if norm is not None:
             q = projection(x)[0]
@@ -140,6 +142,7 @@ class FastWeightAttention(Mixer):
             inputs=inputs,
             log_decay=self._log_decay(decay),
             features=features if self.scale_output else None,
+            segment_ids=ids,
         )
         if last is not None:
             out, gate = out[:, -last:], gate[:, -last:]
@@ -167,7 +170,10 @@ class FastWeightAttention(Mixer):
         return jnp.moveaxis(x, 3, 2).reshape(n_batch, -1, n_head, width // self.n_step)
 
     def _convolved(
-        self, columns: list[Float[Array, "B T N _"]], recent: Float[Array, "B P N C"] | None
+        self,
+        columns: list[Float[Array, "B T N _"]],
+        recent: Float[Array, "B P N C"] | None,
+        segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[list[Array], Array]:
         """The columns with q, k and v convolved; what the next tokens are convolved with."""
         width = self._n_convolved()
@@ -176,7 +182,7 @@ class FastWeightAttention(Mixer):
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         taps = self.param("taps", init, (self.short_conv, self.n_head, width))
         qkv = jnp.concatenate(columns[:3], axis=-1)
-        qkv, recent = ops.short_convolution(qkv, taps, recent)
+        qkv, recent = ops.short_convolution(qkv, taps, recent, segment_ids)
         ends = np.cumsum(self._widths())[:2]
         return [*jnp.split(qkv, ends, axis=-1), *columns[3:]], recent
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from fwm.limits import PROBABILITY, SIZE, Kind, of_type, whole
 from fwm.ops.dropout import Dropout
@@ -47,10 +47,13 @@ class Shared(NamedTuple):
     Fields:
         parameters: of `Mixer.shared_shapes`, by name.
         key: of a dropout that is not drawn by rows; None evaluates.
+        segment_ids: the documents that a row is packed with, numbered: 0 for the one that what is
+            carried in belongs to, then 1, 2, ...; None: one document, which goes on.
     """
 
     parameters: Mapping[str, Array]
     key: Key[Array, ""] | None
+    segment_ids: Int[Array, "B T"] | None = None
 
 
 class Mixer(nn.Module):
@@ -65,6 +68,8 @@ class Mixer(nn.Module):
             `train.carry_over_fast_weight` is set) or always.
         adds_positions: whether the model adds absolute positions to the embedding (unless
             `no_pos`); False: the mixer knows the order by itself and no_pos has no meaning.
+        packs: whether it keeps apart the documents of `shared.segment_ids`: no token reads anything
+            of another document, and what is carried is of the last one alone.
         norms_itself: under `norm=pre_lnorm` the residual is x as it is, and the mixer, which gets
             x and a keyword `norm`, normalises what the official toolkit does. False: as in its
             fast weight layers, both the residual and what the mixer reads are the normalised x.
@@ -75,6 +80,7 @@ class Mixer(nn.Module):
     """
 
     adds_positions: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
     limits: ClassVar[Mapping[str, Kind]] = MappingProxyType({})
 
     def __post_init__(self) -> None:

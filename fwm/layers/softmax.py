@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import Heads, attention_dropout, project
 from fwm.limits import none_or_several
-from fwm.ops import softmax
+from fwm.ops import segments, softmax
 from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout
 
@@ -40,6 +40,7 @@ class SoftmaxAttention(Mixer):
     """
 
     norms_itself = True
+    packs = True
     limits = MappingProxyType({"attention_window": WINDOW})
 
     n_head: int
@@ -68,7 +69,8 @@ class SoftmaxAttention(Mixer):
             _, k, v = projection(norm(x))
         if last is not None:
             q = q[:, -last:]
-        ids, memory = None, None
+        memory = None
+        ids = None if shared is None else shared.segment_ids
         if self.attention_window:
             past = self._nothing(len(x)) if carried is None else carried
             keys, values = (
@@ -76,12 +78,13 @@ class SoftmaxAttention(Mixer):
                 for old, new in ((past.keys, k), (past.values, v))
             )
             length, n_past = x.shape[1], self.attention_window - 1
-            filled = jnp.minimum(past.length + length, n_past)
+            filled = segments.filled(past.length, ids, length, n_past)
             memory = WindowMemory(keys[:, length:], values[:, length:], filled)
             if carried is not None:
                 there = jnp.arange(n_past)[None, :] >= n_past - past.length[:, None]
                 k, v = keys, values
-                ids = jnp.pad(jnp.where(there, 0, -1), ((0, 0), (0, length)))
+                own = jnp.zeros(x.shape[:2], jnp.int32) if ids is None else ids
+                ids = jnp.concatenate([jnp.where(there, 0, -1), own], axis=1)
         out = softmax.causal_attention(
             q,
             k,

@@ -14,7 +14,7 @@ from fwm.errors import UserError
 from fwm.layers.mixer import Mixer, Shared
 from fwm.layers.parts import attention_dropout, countdown, project, sinusoid
 from fwm.limits import whole
-from fwm.ops import softmax
+from fwm.ops import segments, softmax
 from fwm.ops.checks import check
 from fwm.ops.dropout import Dropout, drop
 
@@ -42,6 +42,7 @@ class RelativeAttention(Mixer):
     carries = "always"
     adds_positions = False
     norms_itself = True
+    packs = True
     limits = MappingProxyType({"mem_len": whole(0)})
 
     n_head: int
@@ -79,6 +80,10 @@ class RelativeAttention(Mixer):
             table = Dropout(shared.key, jnp.zeros((1,), jnp.int32))
             positions = drop(positions[None], table, 0, self.dropout)[0]
         r = project((self.n_head, d), -1, self.dtype, "r")(positions.astype(x.dtype))
+        ids = shared.segment_ids
+        slots = None  # those of the memory belong to the document 0
+        if ids is not None:
+            slots = jnp.pad(ids, ((0, 0), (memory.shape[1], 0)))
         out = softmax.relative_attention(
             qkv[:, -length:, :, :d],
             qkv[..., d : 2 * d],
@@ -87,6 +92,7 @@ class RelativeAttention(Mixer):
             shared.parameters["r_w_bias"].astype(x.dtype),
             shared.parameters["r_r_bias"].astype(x.dtype),
             length=filled,
+            segment_ids=slots,
             mem_len=self.mem_len,
             same_length=self.same_length,
             scale=d**-0.5,
@@ -97,7 +103,7 @@ class RelativeAttention(Mixer):
         out = out if last is None else out[:, -last:]
         # The memory is the past: no gradient flows into earlier segments, and none is kept for it.
         remembered = jax.lax.stop_gradient(jnp.concatenate([memory, x], axis=1))
-        filled = jnp.minimum(filled + length, self.mem_len)
+        filled = segments.filled(filled, ids, length, self.mem_len)
         return out, (remembered[:, remembered.shape[1] - self.mem_len :], filled)
 
     def empty(self, batch_size: int, d_model: int) -> tuple[Array, Array]:

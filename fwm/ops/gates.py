@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def short_convolution(
-    x: Float[Array, "B T *C"], taps: Float[Array, "W *C"], before: Float[Array, "B P *C"]
+    x: Float[Array, "B T *C"],
+    taps: Float[Array, "W *C"],
+    before: Float[Array, "B P *C"],
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T *C"], Float[Array, "B P *C"]]:
     """y_t = sum_i taps_i x_(t - W + 1 + i): causal, each channel by itself; the last tap is now.
 
@@ -15,15 +18,21 @@ def short_convolution(
         x: inputs.
         taps: W of them for each channel.
         before: the P = W - 1 inputs before the first one; zeros where there are none.
+        segment_ids: documents that a row is packed with, by numbers that do not come again, 0 for
+            what is before it: each is convolved as if nothing stood before it. None: one.
 
     Returns:
         y in x's dtype, summed in float32 at least; the last P inputs, for the next call.
     """
     length, dtype = x.shape[1], np.promote_types(np.float32, x.dtype)
     seen = jnp.concatenate([before.astype(x.dtype), x], axis=1)
-    y = sum(
-        tap * seen[:, i : i + length].astype(dtype) for i, tap in enumerate(taps[:, None, None])
-    )
+    parts = [seen[:, i : i + length] for i in range(len(taps))]
+    if segment_ids is not None:
+        ids = jnp.pad(segment_ids, ((0, 0), (before.shape[1], 0)))
+        own = lambda x, same: jnp.where(same.reshape(same.shape + (1,) * (x.ndim - 2)), x, 0)
+        parts = [own(x, ids[:, i : i + length] == segment_ids) for i, x in enumerate(parts)]
+        seen = own(seen, ids == segment_ids[:, -1:])
+    y = sum(tap * x.astype(dtype) for tap, x in zip(taps[:, None, None], parts, strict=True))
     return y.astype(x.dtype), seen[:, length:].astype(before.dtype)
 
 

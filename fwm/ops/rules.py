@@ -8,12 +8,14 @@ Within a chunk of C tokens that starts from W, with S the strictly lower part of
 of `chunks.Chunked`, with M = W^T: `written` is U^T.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from fwm.errors import UserError
-from fwm.ops import chunks, general, recurrent
+from fwm.ops import chunks, general, recurrent, segments
 from fwm.ops.chunks import Chunked, copy_t, mapped, scan_chunks
 from fwm.ops.general import composed
 from fwm.ops.inverse import unit_inverse
@@ -238,24 +240,39 @@ def run(
     features: jax.tree_util.Partial | None = None,
     *,
     log_decay: Float[Array, "B T N *K"] | None = None,
+    begins: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
-    """As `chunks.run`, with a decay, and S = T n for n writes a token.
+    """As `chunks.run`, with a decay, S = T n for n writes a token, and documents.
+
+    Where a document begins the memory is emptied before the token: by a log decay of -inf, or, of a
+    rule that is no case of the algebra, token by token.
 
     Raises:
         UserError: there is a decay or are several writes, and the rule has a decay of its own.
     """
-    if log_decay is None and q.shape[1] == k.shape[1]:
+    several = q.shape[1] != k.shape[1]
+    if log_decay is None and begins is None and not several:
         return chunks.run(rule, q, k, v, inputs, weights, features)
-    assert rule.update is not None  # fast_weights.check_composition has seen to it
     q, k = mapped(features, q), mapped(features, k)
+    if rule.update is None:  # then it has no other switches: fast_weights.check_composition
+        assert begins is not None
+        keep = jnp.broadcast_to(jnp.where(begins[..., None], 0.0, 1.0), k.shape[:3])
+        step, every = partial(_step_anew, rule.step), recurrent.KEPT_EVERY
+        return recurrent.scan_tokens(step, q, k, v, (keep, *inputs), weights, kept_every=every)
     v, beta, own, erase_key = rule.update(k, v, *inputs)
-    if own is not None:
+    if own is not None and (log_decay is not None or several):
         raise UserError(
             "this rule has a decay of its own: give it no other, and one write a token."
         )
+    log_decay = segments.forgetting(begins, own if log_decay is None else log_decay, q.shape[2])
     if beta is None:
         return sum_rule(q, k, v, weights, log_decay=log_decay)
     return delta_rule(q, k, v, beta, weights, log_decay=log_decay, erase_key=erase_key)
+
+
+def _step_anew(step, w, k, v, keep, *inputs):
+    """A rule's step, from an empty memory where `keep` is 0."""
+    return step(jnp.where(keep[..., None, None] > 0, w, 0), k, v, *inputs)
 
 
 def sum_rule(

@@ -205,6 +205,7 @@ def relative_attention(
     length: Int[Array, " B"],
     mem_len: int,
     same_length: bool = False,
+    segment_ids: Int[Array, "B S"] | None = None,
     scale: float,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -220,17 +221,20 @@ def relative_attention(
         length: how many memory slots of each row are filled: the last ones.
         mem_len: the memory length that `same_length` refers to.
         same_length: let a query see the last mem_len positions only, its own included.
+        segment_ids: a token sees those with its own id only; None: all have the same.
         scale: factor of the scores, 1 / sqrt(H) in the paper.
         dropout: applied to the probabilities [B, N, T, S].
 
     Raises:
         UserError: arrays that do not fit each other.
     """
+    ids = {} if segment_ids is None else {"segment_ids": (segment_ids, "B S", jnp.integer)}
     check(
         "relative_attention",
         **{"q": (q, "B T N H"), "k": (k, "B S N H"), "v": (v, "B S N H"), "r": (r, "S N H")},
         **{"r_w_bias": (r_w_bias, "N H"), "r_r_bias": (r_r_bias, "N H")},
         length=(length, "B", jnp.integer),
+        **ids,
     )
     _check_last("relative_attention", q, k)
     n_query, n_slot = q.shape[1], k.shape[1]
@@ -241,22 +245,27 @@ def relative_attention(
     if same_length:
         seen &= slot > query - mem_len
 
-    def rows(q, k, v, length):
+    def rows(q, k, v, length, ids):
         content = _scores(q + r_w_bias[None, None], k)
         position = jnp.einsum(
             "btnh,snh->bnts", q + r_r_bias[None, None], r, preferred_element_type=_accumulator(q)
         )
         scores = (content + _relative_shift(position)) * scale
         filled = jnp.arange(n_slot)[None, :] >= n_memory - length[:, None]
-        return _read(scores, seen[None, None] & filled[:, None, None, :], v, dropout)
+        visible = seen[None] & filled[:, None, :]
+        if ids is not None:
+            visible &= ids[:, n_memory:, None] == ids[:, None, :]
+        return _read(scores, visible[:, None], v, dropout)
 
     n_batch, limit = q.shape[0], _CPU_SCORES if on_cpu() else _SCORES
     n_row = rows_per_block(n_batch, max(1, limit // (q.shape[2] * n_query * n_slot)))
     if dropout is not None or n_row == n_batch:
-        return rows(q, k, v, length)
+        return rows(q, k, v, length, segment_ids)
     # By blocks of rows, whose scores are computed again in the backward pass instead of kept.
-    blocks = (x.reshape(-1, n_row, *x.shape[1:]) for x in (q, k, v, length))
-    out = jax.lax.map(lambda block: jax.checkpoint(rows)(*block), tuple(blocks))
+    blocks = jax.tree.map(
+        lambda x: x.reshape(-1, n_row, *x.shape[1:]), (q, k, v, length, segment_ids)
+    )
+    out = jax.lax.map(lambda block: jax.checkpoint(rows)(*block), blocks)
     return out.reshape(q.shape)
 
 

@@ -13,12 +13,16 @@ from fwm.reporting.sinks import LOG, log_rows
 # What decides whether a run is one that the paper reports.
 DECIDING = (
     "data.name",
+    "data.documents",
     "data.file",
     "data.tokenizer",
     "model.",
     "train.tgt_len",
     "train.carry_over_fast_weight",
 )
+# Settings that say where things are and what is told, not what a run is.
+UNINTERESTING = ("data.dir", "data.cache_dir", "data.download", "eval.", "generate.", "report.",
+                 "registered_in", "train.profile_steps")  # fmt: skip
 
 
 def compare(
@@ -52,7 +56,9 @@ def compare(
         valid, test = (exact_perplexity(workdir, split, *now) for split in ("valid", "test"))
         table.append([str(workdir), str(steps), valid, test, paper.get(workdir, "-")])
     try:
-        draw_learning_curves({str(workdir): workdir / LOG for workdir in workdirs}, out)
+        names = names_of(workdirs, [trained.get(workdir, {}) for workdir in workdirs])
+        logs = {name: path / LOG for name, path in zip(names, workdirs, strict=True)}
+        draw_learning_curves(logs, out)
         figure = f"Learning curves: {out}"
     except OSError as error:
         figure = f"Warning: the figure {out} cannot be written ({error.strerror})."
@@ -63,6 +69,26 @@ def compare(
         for row in table
     ]
     return "\n".join([*lines, figure])
+
+
+def what_differs(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings, with dotted keys, of which these runs have several values."""
+    keys = {key for run in settings for key in run if not key.startswith(UNINTERESTING)}
+    return sorted(key for key in keys if len({repr(run.get(key)) for run in settings}) > 1)
+
+
+def names_of(workdirs: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """By the settings that differ, where these are few; else, and where equal, by the folder."""
+    differing = what_differs(settings)
+    named = [
+        ", ".join(f"{key.rpartition('.')[2]} {run.get(key)}" for key in differing)
+        for run in settings
+    ]
+    short = all(0 < len(name) <= 80 for name in named) and len(set(named)) == len(named)
+    folders = [workdir.resolve().name for workdir in workdirs]
+    if len(set(folders)) < len(folders):
+        folders = [str(workdir) for workdir in workdirs]
+    return named if short else folders
 
 
 def exact_perplexity(
@@ -87,7 +113,9 @@ def exact_perplexity(
     if not isinstance(result, dict) or not isinstance(result.get(known), int | float):
         mode = "eval" if split == "test" else split
         raise UserError(f"{path} has no number `{known}`: write it again with --mode={mode}.")
-    text = result.get("text") or {}
+    text, step = result.get("text") or {}, result.get("checkpoint_step", steps)
+    if not isinstance(text, dict) or not isinstance(step, int):
+        raise UserError(f"{path} is damaged: remove it, and evaluate again.")
     if split in texts and text.get("digest", texts[split]["digest"]) != texts[split]["digest"]:
         return "-"
     # What other protocols than the paper's have found is not to be mistaken for it.
@@ -104,7 +132,6 @@ def exact_perplexity(
     per_word = result.get("perplexity_per_word")
     if isinstance(per_word, int | float) and per_word != result["perplexity"]:
         notes.append(f"per word {per_word:.3f}")
-    step = result.get("checkpoint_step", steps)
     if step != steps:
         notes.append(f"checkpoint of step {step} of {steps}")
     found = "inf" if overflown else f"{result['perplexity']:.3f}"

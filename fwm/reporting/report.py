@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from fwm.errors import UserError
 from fwm.files import write_text
-from fwm.reporting.compare import exact_perplexity
+from fwm.reporting.compare import exact_perplexity, names_of, what_differs
 from fwm.reporting.sinks import LOG, log_rows
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 220, 52, 8, 8, 32  # of a chart
@@ -34,9 +34,6 @@ CURVES = {
     "perplexity": True, "loss": False, "learning_rate": False, "grad_norm": True,
     "tokens_per_second": False,
 }  # fmt: skip
-# Settings that say where things are and what is told, not what a run is.
-UNINTERESTING = ("data.dir", "data.cache_dir", "data.download", "eval.", "generate.", "report.",
-                 "registered_in", "train.profile_steps")  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -61,8 +58,8 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
     here = Path(__file__).parent
     script = (here / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    differing = _differing(runs)
-    names = _names(runs, differing)
+    settings = [run.settings for run in runs]
+    differing, names = what_differs(settings), names_of([run.workdir for run in runs], settings)
     title = f"fwm: {', '.join(names)}"
     body = [
         f"<h1>{_escape(title)}</h1>",
@@ -91,24 +88,6 @@ def _escape(text: Any) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
-
-
-def _differing(runs: Sequence[Run]) -> list[str]:
-    keys = {key for run in runs for key in run.settings if not key.startswith(UNINTERESTING)}
-    return sorted(key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1)
-
-
-def _names(runs: Sequence[Run], differing: Sequence[str]) -> list[str]:
-    """By the settings that differ, where these are few; else, and where equal, by the folder."""
-    named = [
-        ", ".join(f"{key.rpartition('.')[2]} {run.settings.get(key)}" for key in differing)
-        for run in runs
-    ]
-    short = all(0 < len(name) <= 40 for name in named) and len(set(named)) == len(named)
-    folders = [run.workdir.name for run in runs]
-    if len(set(folders)) < len(folders):
-        folders = [str(run.workdir) for run in runs]
-    return named if short else folders
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -26,6 +26,7 @@ from fwm.terminal import attempt, is_colored, is_live
 
 CURVE = "learning_curve.png"
 REDRAW_SECONDS = 0.2  # between two states of the live line
+CURVE_SECONDS = 10  # between two learning curves; the last one is drawn in any case
 
 
 class _LiveLine(tqdm):
@@ -75,7 +76,8 @@ class Reporter:
         self._terminal, self._bold = is_live(self._stream), is_colored(self._stream)
         self._live: _LiveLine | None = None
         self._unit = unit
-        self._drawn = -math.inf
+        self._drawn, self._curve_drawn = -math.inf, time.monotonic()
+        self._curve_is_old = False
         self._total_steps = total_steps
         self._started = time.monotonic()
         self._warned: set[str] = set()
@@ -132,8 +134,9 @@ class Reporter:
         )
         self.message(f"\x1b[1m{line}\x1b[0m" if self._bold else line)
         self._record(step, "valid", values, seconds)
-        with self._never_fatal(CURVE):
-            draw_learning_curves({"": self._workdir / LOG}, self._workdir / CURVE)
+        self._curve_is_old = True
+        if time.monotonic() - self._curve_drawn > CURVE_SECONDS:
+            self._draw_curve()
 
     def message(self, text: str) -> None:
         """Print lines of text, above the live line if there is one."""
@@ -145,6 +148,8 @@ class Reporter:
         if not self._active:
             return
         self._erase()  # What comes now says where the run stands.
+        if self._curve_is_old:
+            self._draw_curve()
         self._to_sinks(lambda sink: sink.close())
         self._active = False
 
@@ -172,6 +177,12 @@ class Reporter:
             )  # fmt: skip
         self._live.n, self._live.ncols = step, columns
         self._live.set_description_str(line)
+
+    def _draw_curve(self) -> None:
+        name = self._workdir.resolve().name
+        with self._never_fatal(CURVE):
+            draw_learning_curves({name: self._workdir / LOG}, self._workdir / CURVE)
+        self._curve_drawn, self._curve_is_old = time.monotonic(), False
 
     def _erase(self) -> None:
         live, self._live = self._live, None

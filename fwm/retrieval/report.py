@@ -35,6 +35,11 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 
+# Seven and four: the first 28 models of a panel differ without their colours.
+MARKERS = "os^vD*X"
+DASHES = ("-", "--", "-.", ":")
+YTICKS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 1, 10, 100)
+
 
 class Result(NamedTuple):
     """What one run has come to, a line of results.csv."""
@@ -141,7 +146,8 @@ def _knee(losses):
 def draw(results: Sequence[Result]) -> Any:
     """Loss against S, one line per model through the means and a band of the seeds' range.
 
-    Published points are hollow. Returns a matplotlib Figure.
+    Each has a colour, a marker and dashes of its own. Published points are hollow, with the same
+    marker. Returns a matplotlib Figure.
     """
     from matplotlib.figure import Figure
 
@@ -153,17 +159,26 @@ def draw(results: Sequence[Result]) -> Any:
         # The fast weight memory loses up to S / 2; all others at most about 0.5.
         if any(model.endswith("_fwm") for model in by_model):
             axes.set_yscale("symlog", linthresh=0.6, linscale=2)
+            axes.set_yticks(YTICKS, [f"{tick:g}" for tick in YTICKS])
         for number, (model, by_size) in enumerate(by_model.items()):
-            style: dict[str, Any] = {"color": f"C{number}", "marker": "o", "markersize": 4}
+            style: dict[str, Any] = {"color": f"C{number}", "markersize": 5}
+            style |= {"marker": MARKERS[number % len(MARKERS)]}
             sizes = sorted(by_size)
             means = [sum(by_size[size]) / len(by_size[size]) for size in sizes]
-            axes.plot(sizes, means, label=model, **style)
+            dashes = DASHES[number % len(DASHES)]
+            axes.plot(sizes, means, label=model, linestyle=dashes, **style)
             low, high = ([f(by_size[size]) for size in sizes] for f in (min, max))
             axes.fill_between(sizes, low, high, color=style["color"], alpha=0.2)
             published = _published(setting, model)
-            style |= {"markersize": 8, "linestyle": "none", "markerfacecolor": "none"}
+            style |= {"markersize": 9, "linestyle": "none", "markerfacecolor": "none"}
             axes.plot(list(published), list(published.values()), **style)
-        axes.plot([], [], "o", color="black", markerfacecolor="none", label="published")
+        axes.plot([], [], "o", color="black", markersize=9, mfc="none", label="published")
+        axes.axhline(0.5, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
+        axes.margins(y=0.1)
+        axes.annotate(
+            "0.5: answers nothing", (0.99, 0.5), xycoords=("axes fraction", "data"), ha="right",
+            xytext=(0, 7), textcoords="offset points", fontsize="small",
+        )  # fmt: skip
         axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

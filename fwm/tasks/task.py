@@ -28,7 +28,7 @@ class Task(ABC):
     vocab: Vocabulary  # what tokens and targets stand for
     unit: str = "symbol"  # or word, character, ...
     warnings: tuple[str, ...] = ()  # sentences for the user
-    # By split, the text that is read: name, dir, digest, tokens. Empty where none is.
+    # By split, the text that is read: name, dir, digest, tokens, documents. Empty where none is.
     texts: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     size: int = 0  # training tokens there are; 0: they never end
     writes: bool = False  # what a model goes on to say has a meaning (`--mode=generate`)
@@ -65,7 +65,9 @@ class Task(ABC):
     ) -> tuple[dict[str, Float[Array, ""]], Any]:
         """Sums over the targets that count: `nll`, `count`, the measures; and the next memory."""
         memory = restart(memory, batch.first)
-        nll, new = model.apply(variables, batch.tokens, batch.targets, memory)
+        nll, new = model.apply(
+            variables, batch.tokens, batch.targets, memory, segment_ids=batch.segment_ids
+        )
         sums = masked_sums(batch, nll=nll, **self.measures(nll, batch))
         return sums, None if memory is None else new
 

@@ -1,5 +1,7 @@
 """Language modelling: the next token of a text, in consecutive segments."""
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ class Text(Task):
         self._train, self._seed = config.train, config.seed
         d = config.data
         keys = ("dir", "file", "cache_dir", "download", "tokenizer", "vocab_size", "field")
-        settings = {key: d[key] for key in keys}
+        settings = {key: d[key] for key in (*keys, "documents")}
         self.corpus = data.load(d.name, vocab=vocab, splits=splits, **settings)
         self.vocab, self.unit = self.corpus.vocab, self.corpus.unit
         self.warnings, self.texts = self.corpus.warnings, self.corpus.texts
@@ -37,15 +39,18 @@ class Text(Task):
 
     def summary(self) -> str:
         """Name, lengths and vocabulary of the text."""
+        text, apart = self.texts["train"], ""
+        if "documents" in text:
+            apart = f" in {text['documents']:,} documents ({text['begin_at']})"
         return (
-            f"Data: {self.corpus.name}, {self.size:,} training tokens, "
+            f"Data: {self.corpus.name}, {self.size:,} training tokens{apart}, "
             f"{len(self.corpus.streams['valid']):,} validation tokens, "
             f"{len(self.vocab):,} {self.unit}s."
         )
 
     def identity(self) -> Any:
         """The streams of one text lie under one name everywhere."""
-        streams: Any = self.corpus.streams.values()
+        streams: Any = [*self.corpus.streams.values(), *self.corpus.documents.values()]
         return [[Path(stream.filename).parent.name for stream in streams], self.vocab.text()]
 
     def batch(self, step: int, rows: slice) -> Batch:
@@ -55,7 +60,8 @@ class Text(Task):
         tokens, targets, first = self.corpus.train_batch(
             step, t.batch_size, t.tgt_len, self._seed, rows
         )
-        return Batch(tokens, targets, np.full(len(numbers), first), numbers)
+        ids = self.corpus.train_segment_ids(step, t.batch_size, t.tgt_len, rows)
+        return Batch(tokens, targets, np.full(len(numbers), first), numbers, segment_ids=ids)
 
     def batches(self, split: str, rows: slice) -> Iterator[Batch]:
         """Consecutive segments of a split in `eval_batch_size` rows.
@@ -66,16 +72,23 @@ class Text(Task):
         n_row, stream = self._train.eval_batch_size, self.corpus.streams[split]
         numbers = np.arange(n_row, dtype=np.int32)[rows]
         first = np.ones(len(numbers), bool)
-        for tokens, targets, mask in data.eval_segments(stream, n_row, self._train.tgt_len, rows):
-            yield Batch(tokens, targets, first, numbers, mask)
+        cut = functools.partial(
+            data.eval_segments, batch_size=n_row, tgt_len=self._train.tgt_len, rows=rows
+        )
+        ids: Iterator[Any] = itertools.repeat(None)
+        if self.corpus.documents:
+            begun = cut(self.corpus.documents[split][:-1])
+            ids = (within - before[:, :1] for before, within, _ in begun)
+        for (tokens, targets, mask), documents in zip(cut(stream), ids, strict=False):
+            yield Batch(tokens, targets, first, numbers, mask, documents)
             first = np.zeros(len(numbers), bool)
 
     def protocol(self, config: Any, model: LanguageModel, variables: Any, split: str) -> Any:
         """A window that slides along, or segment after segment where a memory is carried."""
         c, e, stream = config, config.eval, self.corpus.streams[split]
         length = e.tgt_len or c.train.tgt_len
+        documents = self.corpus.documents[split][1:] if self.corpus.documents else None
+        rest = {"split_stream": e.split_stream, "segment_ids": documents}
         if model.config.carries(c.train.carry_over_fast_weight):
-            return CarryOver(model, variables, stream, length, e.batch_size, e.split_stream)
-        return SlidingWindow(
-            model, variables, stream, length, e.batch_size, e.stride, e.split_stream
-        )
+            return CarryOver(model, variables, stream, length, e.batch_size, **rest)
+        return SlidingWindow(model, variables, stream, length, e.batch_size, e.stride, **rest)

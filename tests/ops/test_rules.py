@@ -15,8 +15,6 @@ from fwm import registry
 from fwm.errors import UserError
 from fwm.ops import UPDATE_RULES, Chunked, Input, Rule, chunks, fast_weight_attention, recurrent
 
-pytestmark = pytest.mark.quick  # see .ci/run
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_rule.py"
 
 
@@ -119,6 +117,7 @@ def test_token_by_token_keeps_few_states(decayed):
     assert sum(len(x) for x in states) <= 160 // recurrent.KEPT_EVERY
 
 
+@pytest.mark.quick
 def test_inputs_of_every_key_feature():
     """Gated linear attention: a decay for each row of the memory."""
     step = lambda w, k, v, g: jnp.exp(g)[..., None] * w + k[..., :, None] * v[..., None, :]
@@ -240,6 +239,7 @@ def test_a_key_sum_decays_where_the_memory_does():
         np.testing.assert_allclose(jnp.concatenate(outs, axis=1), 1.0, rtol=1e-5)
 
 
+@pytest.mark.quick
 def test_a_rule_may_bring_its_own_key_sum(decayed):
     """With it `output` divides by what the memory holds of ones."""
     rule, _ = decayed

@@ -50,7 +50,10 @@ def test_compare(tmp_path):
     assert re.match(r"Warning: the figure .*train_log\.csv/c\.png cannot be written", warning)
     with pytest.raises(UserError, match=r"nothing has no train_log\.csv"):
         compare([a, tmp_path / "nothing"], tmp_path / "c.png")
-    for malformed in ("{", "[]", '{"perplexity": "34"}'):
+    for malformed in (
+        "{", "[]", '{"perplexity": "34"}', '{"perplexity": 3, "text": 5}',
+        '{"perplexity": 3, "checkpoint_step": "a"}',
+    ):  # fmt: skip
         (b / "valid_results.json").write_text(malformed)
         with pytest.raises(UserError, match=r"valid_results\.json"):
             compare([a, b], tmp_path / "c.png")

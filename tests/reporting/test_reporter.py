@@ -218,8 +218,9 @@ def test_an_inactive_reporter_does_nothing(tmp_path):
 FULL_DISK = """
 import sys
 from pathlib import Path
-from fwm.reporting import Reporter
+from fwm.reporting import Reporter, reporter as module
 
+module.CURVE_SECONDS = -1  # a curve for every validation
 workdir = Path(sys.argv[1])
 reporter = Reporter(workdir, config={}, total_steps=9, start_step=0)
 scalars = {"loss": 1.0}
@@ -255,6 +256,15 @@ def test_a_full_disk_costs_a_warning_and_no_row(tmp_path):
     warnings = [line for line in done.stdout.splitlines() if "Warning" in line]
     assert len(warnings) == 3
     assert all("No space left on device" in line for line in warnings)
+
+
+def test_validations_in_quick_succession_are_drawn_once_at_the_end(tmp_path):
+    curve = tmp_path / "learning_curve.png"
+    with make(tmp_path) as reporter:
+        for step in (1, 2):
+            reporter.valid(step, {"loss": 1.0}, 1.0)
+        assert not curve.exists()
+    assert curve.exists()
 
 
 def test_parameter_table():
