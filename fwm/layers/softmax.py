@@ -7,11 +7,10 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fwm.layers.mixer import Mixer, Shared
-from fwm.layers.parts import attention_dropout, project
+from fwm.layers.parts import Heads, attention_dropout, project
 from fwm.limits import none_or_several
 from fwm.ops import segments, softmax
 from fwm.ops.checks import check
@@ -64,11 +63,13 @@ class SoftmaxAttention(Mixer):
         """See `Mixer`; `norm`: k and v are made of norm(x), q of x."""
         check("SoftmaxAttention", x=(x, "B T D"))
         d = self.d_head
-        projection = project((self.n_head, 3 * d), -1, self.dtype, "qkv")
-        qkv = projection(x)
-        kv = qkv if norm is None else projection(norm(x))
-        q = qkv[..., :d] if last is None else qkv[:, -last:, :, :d]
-        k, v, memory = kv[..., d : 2 * d], kv[..., 2 * d :], None
+        projection = Heads(self.n_head, (d, d, d), self.dtype, name="qkv")
+        q, k, v = projection(x)
+        if norm is not None:
+            _, k, v = projection(norm(x))
+        if last is not None:
+            q = q[:, -last:]
+        memory = None
         ids = None if shared is None else shared.segment_ids
         if self.attention_window:
             past = self._nothing(len(x)) if carried is None else carried
@@ -93,7 +94,6 @@ class SoftmaxAttention(Mixer):
             segment_ids=ids,
             dropout=attention_dropout(dropout, self.dropatt),
         )
-        out = checkpoint_name(out, "mixed")
         return project((x.shape[-1],), (-2, -1), self.dtype, "out")(out), memory
 
     @property

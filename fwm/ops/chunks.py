@@ -45,10 +45,11 @@ class Chunked(NamedTuple):
         cpu_cut: V -> the fastest cut known on a CPU: tokens per chunk, chunks per group.
         small_by_tokens: whether without a gradient on a CPU a small memory is faster token by
             token: it stays in the cache, and the plain recurrence has the least arithmetic.
-        whole: (size, weights [B, N, K, V], q, k, v, *inputs [B, T, N, F]) -> out, weights: in place
-            of the two where there is no such cache (`forms`), for T a multiple of `size`, with a
-            gradient of its own. None: there too groups of chunks.
-        whole_size: K -> tokens per chunk of `whole`.
+        whole: (sizes, weights [B, N, K, V], q, k, v, *inputs [B, T, N, F]) -> out, weights: in
+            place of the two where there is no such cache (`forms`), for T a multiple of both sizes,
+            with a gradient of its own. None: there too groups of chunks.
+        whole_sizes: K -> tokens per chunk of `whole` without and with a gradient, the second a
+            multiple of the first.
     """
 
     forward: Callable[..., Any]
@@ -56,7 +57,7 @@ class Chunked(NamedTuple):
     cpu_cut: Callable[[int], tuple[int, int]] = lambda n_value: (32, 1)
     small_by_tokens: bool = False
     whole: Callable[..., Any] | None = None
-    whole_size: Callable[[int], int] = lambda n_key: 64
+    whole_sizes: Callable[[int], tuple[int, int]] = lambda n_key: (64, 64)
 
 
 class _Plan(NamedTuple):
@@ -148,8 +149,10 @@ def run(
     weights, tokens, features = vary((weights.astype(dtype), (q, k, v, *inputs), features))
     try:
         if at_once is not None:
-            size = min(chunk_size or rule.chunked.whole_size(n_key), length)
-            return _run_whole(rule, at_once, size, weights, tokens)
+            sizes = rule.chunked.whole_sizes(n_key)
+            if chunk_size is not None or length < sizes[1]:
+                sizes = (min(chunk_size or length, length),) * 2
+            return _run_whole(rule, at_once, sizes, weights, tokens)
         return _run(rule, plan, weights, tokens, features)
     except TypeError as error:
         if "forward-mode" in str(error):  # JAX's own words do not say where there is a form for it
@@ -157,10 +160,10 @@ def run(
         raise
 
 
-def _run_whole(rule, whole, size, weights, tokens):
-    length = tokens[0].shape[1]
+def _run_whole(rule, whole, sizes, weights, tokens):
+    length, size = tokens[0].shape[1], sizes[1]
     plan = _Plan(1, -(-length // size), 1, size, by_tokens=False)
-    out, weights = whole(size, weights, *_pad(rule, plan, tokens))
+    out, weights = whole(sizes, weights, *_pad(rule, plan, tokens))
     return out[:, :length], weights
 
 

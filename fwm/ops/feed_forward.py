@@ -91,13 +91,22 @@ def _recomputed(scale, x, keep, w_1, b_1, w_2, b_2):
 
 
 def _recomputed_forward(scale, x, keep, w_1, b_1, w_2, b_2):
-    out = _unscaled(x, keep, w_1, b_1) @ w_2.astype(x.dtype) * jnp.asarray(scale, x.dtype)
-    return out + b_2.astype(x.dtype)[None], (x, keep, w_1, b_1, w_2)
+    out = _wide_product(_unscaled(x, keep, w_1, b_1), w_2) * scale
+    out = (out + b_2.astype(out.dtype)[None]).astype(x.dtype)
+    return out, (x, keep, w_1, b_1, w_2)
+
+
+def _wide_product(x, w):
+    """x w before it is rounded to x's dtype: of rounded sums XLA makes another pass."""
+    wide = np.promote_types(np.float32, x.dtype)
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=wide)
 
 
 def _unscaled(x, keep, w_1, b_1):
-    y = jax.nn.relu(x @ w_1.astype(x.dtype) + b_1.astype(x.dtype)[None])
-    return y if keep is None else masked(y, jax.lax.optimization_barrier(keep), 1.0)
+    y = _wide_product(x, w_1)
+    y = jax.nn.relu(y + b_1.astype(y.dtype)[None])
+    y = y if keep is None else masked(y, jax.lax.optimization_barrier(keep), 1.0)
+    return y.astype(x.dtype)
 
 
 def _recomputed_backward(scale, residuals, dout):
@@ -107,7 +116,7 @@ def _recomputed_backward(scale, residuals, dout):
     )
     y = _unscaled(x, keep, w_1, b_1)
     through, scaled = jax.lax.optimization_barrier(y > 0), dout * jnp.asarray(scale, x.dtype)
-    dy = masked(scaled @ w_2.astype(x.dtype).T, through, 1.0)
+    dy = masked(_wide_product(scaled, w_2.T), through, 1.0).astype(x.dtype)
     # The bias as one more feature, which is 1 (eight more, for the alignment): no pass of its own.
     ones = jnp.zeros((len(x), 8), x.dtype).at[:, 0].set(1)
     d_first = over_tokens(jnp.concatenate([x, ones], axis=1), dy)

@@ -165,6 +165,14 @@ SUM = Rule(
 
 _BETA = Input("beta", jax.nn.sigmoid)
 
+
+def _whole_sizes(n_key):
+    # As wide as keys, between 16 and 128; chunks of 16 have more launches, of which a step with a
+    # gradient has too many already (benchmarks/results/gpu_cost.md).
+    size = min(128, max(16, 1 << (n_key - 1).bit_length()))
+    return size, max(32, size)
+
+
 DELTA = Rule(
     step=recurrent.delta_step,
     inputs=(_BETA,),
@@ -179,7 +187,7 @@ DELTA = Rule(
         cpu_cut=lambda n_value: (16 if n_value < 64 else 32, 2),
         small_by_tokens=True,
         whole=delta_whole,
-        whole_size=lambda n_key: min(128, max(32, 1 << (n_key - 1).bit_length())),
+        whole_sizes=_whole_sizes,
     ),
     flops=6,
     update=lambda k, v, beta: Update(v, beta),

@@ -2,18 +2,24 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fwm.errors import UserError
-from fwm.ops.checks import check
+from fwm.ops.checks import check, vary
+from fwm.ops.forms import on_cpu
 
-# Queries per block of causal attention: a block reads no key after its last query, and its
-# scores are computed again in the backward pass instead of kept.
-_QUERY_BLOCK = 64
+# Queries per block of causal attention, which reads no key after its last query: of a CPU, whose
+# cache holds the scores of so many, and elsewhere, where launches count.
+_CPU_QUERIES, _QUERIES = 64, 256
+# Scores that are never larger than this, either way, need no maximum before exp: its sums and
+# products with values stay far within float32 and bfloat16.
+_SMALL = 60.0
 # Scores of a block of rows of relative attention. On CPU two rows of Transformer-XL at `small`:
 # measured 25% faster than one, four or all at once; elsewhere what bounds the memory, not measured.
 _CPU_SCORES, _SCORES = 2**21, 2**25
@@ -52,41 +58,140 @@ def causal_attention(
         check("causal_attention", k=(k, "B S N H"), segment_ids=(segment_ids, "B S", jnp.integer))
     length, n_before = q.shape[1], k.shape[1] - q.shape[1]
     # Heads before time, as arrays of their own: XLA's CPU backend is three times slower at small
-    # products whose batch axes lie apart.
-    q, k, v = jax.lax.optimization_barrier(tuple(x.swapaxes(1, 2) for x in (q, k, v)))
+    # products whose batch axes lie apart. [B N, T, H].
+    rows = lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    q_r, k_r, v_r = jax.lax.optimization_barrier(tuple(map(rows, (q, k, v))))
+    n_batch, _, n_head, _ = q.shape
 
-    def block(q, k, v, ids, start, first):
-        """Of queries from the place `start` and keys from `first` on, among the S tokens."""
-        scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=_accumulator(q)) * scale
-        n_query, n_key = scores.shape[-2:]
-        query, key = start + jnp.arange(n_query)[:, None], first + jnp.arange(n_key)[None, :]
-        seen = (key <= query)[None]
+    def seen(start, stop, first, last):
+        """Whether queries start ... stop see keys first ... last, [1 or B, 1, t, s]."""
+        query, key = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None, :]
+        seen = key <= query
         if window:
-            seen &= (key > query - window)[None]
-        if ids is not None:
-            own, theirs = ids[:, start : start + n_query], ids[:, first : first + n_key]
-            seen = seen & (own[:, :, None] == theirs[:, None, :])
-        scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        total = weights.sum(axis=-1, keepdims=True)
-        if dropout is not None:
-            weights = dropout(weights)
-        # Divided after the product: [T, H] divisions instead of [T, S].
-        out = jnp.einsum(
-            "bnts,bnsh->bnth", weights.astype(v.dtype), v, preferred_element_type=total.dtype
-        )
-        return (out / total).astype(v.dtype)
+            seen &= key > query - window
+        if segment_ids is None:
+            return seen[None, None]
+        own, theirs = segment_ids[:, start:stop], segment_ids[:, first:last]
+        return (seen[None] & (own[:, :, None] == theirs[:, None, :]))[:, None]
 
     if dropout is not None:
-        return block(q, k, v, segment_ids, n_before, 0).swapaxes(1, 2)
-    blocks = []
-    for start in range(0, length, _QUERY_BLOCK):
-        stop = min(start + _QUERY_BLOCK, length)
-        first = max(0, n_before + start + 1 - window) if window else 0
-        part = jax.checkpoint(partial(block, start=n_before + start, first=first))
-        seen = slice(first, n_before + stop)
-        blocks.append(part(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], segment_ids))
-    return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
+        scores = _scaled(scale, q_r, k_r).reshape(n_batch, n_head, length, -1)
+        return _read(scores, seen(n_before, k.shape[1], 0, k.shape[1]), v, dropout)
+    size = _CPU_QUERIES if on_cpu() else _QUERIES
+    large, q_r, k_r, v_r = vary((_any_large(scale, q_r, k_r), q_r, k_r, v_r))
+    spans, masks = [], []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first, last = max(0, n_before + start + 1 - window) if window else 0, n_before + stop
+        mask = seen(n_before + start, n_before + stop, first, last).astype(_accumulator(q))
+        if segment_ids is not None:
+            mask = jnp.broadcast_to(mask, (n_batch, n_head, *mask.shape[2:]))
+        spans.append(_Span(start, stop, first, last))
+        masks.append(mask.reshape(-1, *mask.shape[2:]))
+    out = _attend(scale, tuple(spans), large, q_r, k_r, v_r, tuple(masks))
+    return out.reshape(n_batch, n_head, *out.shape[1:]).swapaxes(1, 2)
+
+
+class _Span(NamedTuple):
+    """Queries start ... stop, and the keys first ... last that one of them sees."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def _any_large(scale, q, k):
+    """Whether a score may be far from 0, by the lengths of queries and keys."""
+    square = lambda x: jnp.max(jnp.sum(jnp.square(x.astype(_accumulator(x))), axis=-1), axis=-1)
+    return ~jnp.all(scale**2 * square(q) * square(k) < _SMALL**2)
+
+
+def _scaled(scale, q, k):
+    """Scores of [R, T, H] and [R, S, H]."""
+    return jnp.einsum("rth,rsh->rts", q, k, preferred_element_type=_accumulator(q)) * scale
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale, spans, large, q, k, v, masks):
+    """softmax(scale q k^T) v of [R, T, H] and [R, S, H], by blocks of queries.
+
+    The scores, which are what is wide here, are written once by the forward pass unless some may be
+    `large`. The backward pass makes them again, from the logarithm of their sum. A mask
+    [1 or R, t, s] is 1 where a key is seen, and 0.
+    """
+    return _attend_forward(scale, spans, large, q, k, v, masks)[0]
+
+
+def _attend_forward(scale, spans, large, q, k, v, masks):
+    outs, log_totals = [], []
+    for span, mask in zip(spans, masks, strict=True):
+        keys = slice(span.first, span.last)
+        arrays = q[:, span.start : span.stop], k[:, keys], v[:, keys], mask
+        out, log_total = _block_forward(scale, large, *arrays)
+        outs.append(out)
+        log_totals.append(log_total)
+    out, log_total = jnp.concatenate(outs, axis=1), jnp.concatenate(log_totals, axis=1)
+    out, log_total = checkpoint_name((out, log_total), "memory")
+    return out, (q, k, v, masks, out, log_total)
+
+
+def _block_forward(scale, large, q, k, v, mask):
+    # An array that exists, so that a product multiplies what it writes.
+    mask = jax.lax.optimization_barrier(mask)
+
+    def less_largest(q, k):
+        scores = jnp.where(mask > 0, _scaled(scale, q, k), jnp.finfo(mask.dtype).min)
+        largest = jnp.max(scores, axis=-1)
+        return jnp.exp(scores - largest[..., None]), largest
+
+    def as_they_are(q, k):
+        return jnp.exp(_scaled(scale, q, k)) * mask, jnp.zeros(q.shape[:2], mask.dtype)
+
+    weights, largest = jax.lax.cond(large, less_largest, as_they_are, q, k)
+    # The sum is one more column of the product (eight, for the alignment).
+    wide = jnp.concatenate([v, jnp.ones_like(v, shape=(*v.shape[:2], 8))], axis=-1)
+    out = jnp.einsum(
+        "rts,rsh->rth", weights.astype(v.dtype), wide, preferred_element_type=mask.dtype
+    )
+    total = out[..., v.shape[-1]]
+    out = (out[..., : v.shape[-1]] / total[..., None]).astype(v.dtype)
+    return out, largest + jnp.log(total)
+
+
+def _attend_backward(scale, spans, kept, dout):
+    # Nothing is made before it is wanted: the scores of all blocks at once would fill memory.
+    (q, k, v, masks, out, log_total), dout = jax.lax.optimization_barrier((kept, dout))
+    dqs, (dk, dv) = [], (jnp.zeros_like(x, log_total.dtype) for x in (k, v))
+    for span, mask in zip(spans, masks, strict=True):
+        queries, keys = slice(span.start, span.stop), slice(span.first, span.last)
+        arrays = q[:, queries], k[:, keys], v[:, keys], mask
+        dq, *parts = _block_backward(
+            scale, *arrays, out[:, queries], log_total[:, queries], dout[:, queries]
+        )
+        around = ((0, 0), (span.first, k.shape[1] - span.last), (0, 0))
+        dk, dv = (jnp.pad(x, around) + sums for x, sums in zip(parts, (dk, dv), strict=True))
+        dqs.append(dq)
+        if len(spans) > 1:
+            q, dk, dv, dqs = jax.lax.optimization_barrier((q, dk, dv, dqs))
+    dq = jnp.concatenate(dqs, axis=1)
+    return None, dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _block_backward(scale, q, k, v, mask, out, log_total, dout):
+    mask, wide = jax.lax.optimization_barrier(mask), log_total.dtype
+    product = partial(jnp.einsum, preferred_element_type=wide)
+    # What is not seen may be larger than the sum by any amount.
+    weights = jnp.exp(jnp.minimum(_scaled(scale, q, k) - log_total[..., None], 0)) * mask
+    change = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
+    weights, change = jax.lax.optimization_barrier((weights.astype(v.dtype), change))
+    dscores = (product("rth,rsh->rts", dout, v) - change) * weights.astype(wide) * scale
+    dscores = jax.lax.optimization_barrier(dscores.astype(q.dtype))
+    dq, dk = product("rts,rsh->rth", dscores, k), product("rts,rth->rsh", dscores, q)
+    return dq, dk, product("rts,rth->rsh", weights, dout)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def relative_attention(
@@ -152,7 +257,7 @@ def relative_attention(
             visible &= ids[:, None, n_memory:, None] == ids[:, None, None, :]
         return _read(scores, visible, v, dropout)
 
-    n_batch, limit = q.shape[0], _CPU_SCORES if jax.default_backend() == "cpu" else _SCORES
+    n_batch, limit = q.shape[0], _CPU_SCORES if on_cpu() else _SCORES
     n_row = rows_per_block(n_batch, max(1, limit // (q.shape[2] * n_query * n_slot)))
     if dropout is not None or n_row == n_batch:
         return rows(q, k, v, length, segment_ids)

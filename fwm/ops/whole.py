@@ -1,19 +1,22 @@
 """The delta rule for all tokens at once: its form where few large launches are what counts.
 
-The equations of `rules` in another order. With X = (I + S)^-1 of a chunk, H = diag(beta) X^T K:
+The equations of `rules` for what each token finds wrong, E with U = diag(beta) E, so that beta is
+nowhere but in G = diag(beta) K. With X = (I + tril(K G^T, -1))^-1 of a chunk and H = X^T G:
 
-    W' = W + H^T (V - K W)        U = X diag(beta) (V - K W)        out = Q W + tril(Q K^T) U
+    W' = W + H^T (V - K W)        E = X (V - K W)        out = Q W + tril(Q G^T) E
 
 From chunk to chunk go the [K, V] matrices of the first equation alone, as W + (H^T V - (H^T K) W);
 all else is one matmul each for all chunks, on [R, C, F], where R are chunks times rows of the batch
-times heads. The backward pass is the same backwards, and keeps X, U and the memories between
+times heads. The backward pass is the same backwards, and keeps X, E and the memories between
 chunks.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -22,73 +25,86 @@ from fwm.ops.inverse import unit_inverse_by_halves
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def delta_whole(
-    size: int,
+    sizes: tuple[int, int],
     weights: Float[Array, "B N K V"],
     q: Float[Array, "B T N K"],
     k: Float[Array, "B T N K"],
     v: Float[Array, "B T N V"],
     beta: Float[Array, "B T N 1"],
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N K V"]]:
-    """`rules.delta_rule` by chunks of `size` tokens, of which T is a multiple.
+    """`rules.delta_rule` by chunks of so many tokens, without and with a gradient.
 
+    T is a multiple of both.
     Where v is bfloat16 so are the factors of matmuls, except in the inverse and between chunks.
     """
-    return _forward(size, weights, q, k, v, beta)[0]
+    return _forward(sizes[:1], weights, q, k, v, beta)[0]
 
 
-def _forward(size, weights, q, k, v, beta):
-    q_c, k_c, v_c, beta_c = (_cut(size, x, weights.dtype) for x in (q, k, v, beta))
-    factor, product = _products(v.dtype, weights.dtype)
-    inverse = factor(unit_inverse_by_halves(beta_c * _overlaps(product, k_c)))
-    h = beta_c * product("rts,rtk->rsk", inverse, k_c)
+def _forward(sizes, weights, q, k, v, beta):
+    size = sizes[-1]
+    product = _products(v, weights)
+    arrays = (q, k, _scaled(k, beta), v)
+    q_c, k_c, g, v_c = jax.lax.optimization_barrier([product.factor(_cut(size, x)) for x in arrays])
+    lower = _lower(size, -1)
+    inverse = product.factor(unit_inverse_by_halves(product("rtk,rsk->rts", k_c, g) * lower))
+    h = product("rts,rtk->rsk", inverse, g)
     erase, change = product("rtk,rtj->rkj", h, k_c), product("rtk,rtv->rkv", h, v_c)
     weights, before = _scan(weights, erase, change)
-    before = factor(before)
-    errors = beta_c * (v_c - product("rtk,rkv->rtv", k_c, before))
-    written = factor(product("rts,rsv->rtv", inverse, errors))
+    before = product.factor(before)
+    wrong = v_c.astype(weights.dtype) - product("rtk,rkv->rtv", k_c, before)
+    wrong = product.factor(product("rts,rsv->rtv", inverse, wrong))
     out = product("rtk,rkv->rtv", q_c, before)
-    out = out + product("rts,rsv->rtv", _reads(product, q_c, k_c), written)
-    kept = checkpoint_name((inverse, before, written), "memory")
+    out = out + product("rts,rsv->rtv", _reads(product, q_c, g), wrong)
+    kept = checkpoint_name((inverse, before, wrong), "memory")
     return (_join(out, v), weights), (kept, (q, k, v, beta))
 
 
-def _backward(size, residuals, cotangents):
+def _backward(sizes, residuals, cotangents):
+    size = sizes[-1]
     # What the forward pass made for itself is made anew, not kept: where one program holds both,
     # XLA would see that it is the same.
-    (inverse, before, written), tokens = jax.lax.optimization_barrier(residuals)
+    (inverse, before, wrong), (q, k, v, beta) = jax.lax.optimization_barrier(residuals)
     dout, dweights = cotangents
-    q, k, v, beta, dout = (_cut(size, x, dweights.dtype) for x in (*tokens, dout))
-    product = _products(tokens[2].dtype, dweights.dtype)[1]
-    # z is the gradient of diag(beta) (V - K W): first without what comes from later chunks.
-    z = product("rts,rtv->rsv", _reads(product, q, k), dout)
+    product = _products(v, dweights)
+    arrays = (q, k, _scaled(k, beta), dout)
+    q_c, k_c, g, dout = jax.lax.optimization_barrier(
+        [product.factor(_cut(size, x)) for x in arrays]
+    )
+    # z is the gradient of V - K W, and so of V: first without what comes from later chunks.
+    z = product("rts,rtv->rsv", _reads(product, q_c, g), dout)
     z = product("rts,rtv->rsv", inverse, z)
-    h, beta_k = product("rts,rtk->rsk", inverse, k), beta * k
-    erase = product("rtk,rtj->rkj", beta_k, h)
-    change = product("rtk,rtv->rkv", q, dout) - product("rtk,rtv->rkv", beta_k, z)
+    h = product("rts,rtk->rsk", inverse, g)
+    erase = product("rtk,rtj->rkj", k_c, h)
+    change = product("rtk,rtv->rkv", q_c, dout) - product("rtk,rtv->rkv", k_c, z)
     dweights, after = _scan(dweights, erase, change, reverse=True)
     z = z + product("rtk,rkv->rtv", h, after)
-    # What each token found wrong: U = beta errors, but beta may be 0.
-    errors = v - product("rtk,rkv->rtv", k, before)
-    errors = errors - product("rts,rsv->rtv", _overlaps(product, k), written)
-    dbeta, dv = jnp.sum(z * errors, axis=-1, keepdims=True), beta * z
-    dreads = product("rtv,rsv->rts", dout, written) * _lower(size)
-    doverlaps = product("rtv,rsv->rts", dv, written) * _lower(size, -1)
+    dreads = product("rtv,rsv->rts", dout, wrong) * _lower(size)
+    doverlaps = product("rtv,rsv->rts", z, wrong) * _lower(size, -1)
     dq = product("rtv,rkv->rtk", dout, before)
-    dq = dq + product("rts,rsk->rtk", dreads, k)
-    dk = product("rts,rtk->rsk", dreads, q)
-    dk = dk + product("rtv,rkv->rtk", written, after)
-    dk = dk - product("rtv,rkv->rtk", dv, before)
-    dk = dk - product("rts,rsk->rtk", doverlaps + doverlaps.mT, k)
-    return dweights, *map(_join, (dq, dk, dv, dbeta), tokens)
+    dq = dq + product("rts,rsk->rtk", dreads, g)
+    less_dk = product("rts,rsk->rtk", doverlaps, g)
+    less_dk = less_dk + product("rtv,rkv->rtk", z, before)
+    dg = product("rts,rtk->rsk", dreads, q_c)
+    dg = dg - product("rts,rtk->rsk", doverlaps, k_c)
+    dg = dg + product("rtv,rkv->rtk", wrong, after)
+    dbeta = jnp.sum(dg * k_c.astype(dg.dtype), axis=-1, keepdims=True)
+    dk = dg * _cut(size, beta.astype(dg.dtype)) - less_dk
+    return dweights, _join(dq, q), _join(dk, k), _join(z, v), _join(dbeta, beta)
 
 
 delta_whole.defvjp(_forward, _backward)
 
 
-def _cut(size, x, dtype):
+def _scaled(k, beta):
+    """diag(beta) k, in k's dtype."""
+    wide = np.promote_types(np.float32, k.dtype)
+    return (k.astype(wide) * beta.astype(wide)).astype(k.dtype)
+
+
+def _cut(size, x):
     """[B, T, N, F] as [R, C, F], R chunks times B times N."""
     n_batch, length, n_head, width = x.shape
-    x = x.astype(dtype).reshape(n_batch, length // size, size, n_head, width)
+    x = x.reshape(n_batch, length // size, size, n_head, width)
     return x.transpose(1, 0, 3, 2, 4).reshape(-1, size, width)
 
 
@@ -99,17 +115,25 @@ def _join(x, like):
     return x.transpose(1, 0, 3, 2, 4).reshape(like.shape)
 
 
-def _products(given, dtype):
-    """What rounds a factor, and an einsum of rounded factors that sums in `dtype`."""
-    low = given if given == jnp.bfloat16 else dtype
-    factor = lambda x: x.astype(low)
+class _Products(NamedTuple):
+    """Matmuls whose factors are rounded to `low` and whose sums are made in `wide`."""
 
-    def product(subscripts, a, b):
+    low: jax.typing.DTypeLike
+    wide: jax.typing.DTypeLike
+
+    def factor(self, x: Array) -> Array:
+        """x, rounded."""
+        return x.astype(self.low)
+
+    def __call__(self, subscripts: str, a: Array, b: Array) -> Array:
+        """An einsum of two arrays that exist."""
         # XLA would make one product of two that share a factor, copying the other two together.
-        a, b = jax.lax.optimization_barrier((factor(a), factor(b)))
-        return jnp.einsum(subscripts, a, b, preferred_element_type=dtype)
+        a, b = jax.lax.optimization_barrier((self.factor(a), self.factor(b)))
+        return jnp.einsum(subscripts, a, b, preferred_element_type=self.wide)
 
-    return factor, product
+
+def _products(v: Array, weights: Array) -> _Products:
+    return _Products(v.dtype if v.dtype == jnp.bfloat16 else weights.dtype, weights.dtype)
 
 
 def _lower(size, diagonal=0):
@@ -117,12 +141,8 @@ def _lower(size, diagonal=0):
     return jax.lax.optimization_barrier(jnp.tri(size, k=diagonal))[None]
 
 
-def _overlaps(product, k):
-    return product("rtk,rsk->rts", k, k) * _lower(k.shape[1], -1)
-
-
-def _reads(product, q, k):
-    return product("rtk,rsk->rts", q, k) * _lower(k.shape[1])
+def _reads(product, q, g):
+    return product("rtk,rsk->rts", q, g) * _lower(g.shape[1])
 
 
 def _scan(weights, erase, change, reverse=False):

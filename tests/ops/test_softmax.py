@@ -154,5 +154,27 @@ def test_dropout_is_applied_to_the_probabilities():
         return probabilities * 2
 
     doubled = causal_attention(q, k, v, scale=1.0, dropout=dropout)
-    np.testing.assert_allclose(doubled, 2 * causal_attention(q, k, v, scale=1.0), rtol=1e-6)
+    once = causal_attention(q, k, v, scale=1.0, dropout=lambda probabilities: probabilities)
+    np.testing.assert_allclose(doubled, 2 * once, rtol=1e-6)
     assert shapes == [(1, 1, 6, 6)]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_causal_attention_with_scores_of_any_size(platform, monkeypatch):
+    """Where a row's largest score is not taken off first, and where it is."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    arrays = draw(*[(1, 70, 2, 4)] * 4)
+
+    def run(q, k, v, dout, dropout=None):
+        attend = partial(causal_attention, scale=0.5, dropout=dropout)
+        out, pull = jax.vjp(attend, q, k, v)
+        return [out, *pull(dout)]
+
+    for size in (1, 20):
+        given = [size * arrays[0], *arrays[1:]]
+        assert bool(module._any_large(0.5, *given[:2])) == (size > 1)
+        with jax.enable_x64(True):
+            wide = [jnp.asarray(x, jnp.float64) for x in given]
+            expected = [np.asarray(x) for x in jax.jit(partial(run, dropout=lambda p: p))(*wide)]
+        for a, b in zip(jax.jit(run)(*given), expected, strict=True):
+            assert relative_error(a, b) < 2e-5
