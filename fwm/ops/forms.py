@@ -5,7 +5,7 @@
 | delta rule | groups of chunks that stay in the cache (`chunks`, `rules`) | all at once (`whole`) |
 | feed-forward | keeps the wide activation | computes it again, masks within the matmuls |
 | adaptive softmax | blocks for the cache, as many as there are tokens | few blocks, known sizes |
-| causal attention | blocks of 64 queries, whose scores the cache holds | of 256 |
+| causal attention | blocks of 64 queries, whose scores the cache holds | of 256, gradient by hand |
 | dropout mask | a concatenation | one byte for four elements |
 
 A second form is there where one costs the other's platform 15% of a step or more; what each costs

@@ -58,38 +58,24 @@ def causal_attention(
         check("causal_attention", k=(k, "B S N H"), segment_ids=(segment_ids, "B S", jnp.integer))
     length, n_before = q.shape[1], k.shape[1] - q.shape[1]
     # Heads before time, as arrays of their own: XLA's CPU backend is three times slower at small
-    # products whose batch axes lie apart. [B N, T, H].
-    rows = lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
-    q_r, k_r, v_r = jax.lax.optimization_barrier(tuple(map(rows, (q, k, v))))
-    n_batch, _, n_head, _ = q.shape
-
-    def seen(start, stop, first, last):
-        """Whether queries start ... stop see keys first ... last, [1 or B, 1, t, s]."""
-        query, key = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None, :]
-        seen = key <= query
-        if window:
-            seen &= key > query - window
-        if segment_ids is None:
-            return seen[None, None]
-        own, theirs = segment_ids[:, start:stop], segment_ids[:, first:last]
-        return (seen[None] & (own[:, :, None] == theirs[:, None, :]))[:, None]
-
-    if dropout is not None:
-        scores = _scaled(scale, q_r, k_r).reshape(n_batch, n_head, length, -1)
-        return _read(scores, seen(n_before, k.shape[1], 0, k.shape[1]), v, dropout)
-    size = _CPU_QUERIES if on_cpu() else _QUERIES
-    large, q_r, k_r, v_r = vary((_any_large(scale, q_r, k_r), q_r, k_r, v_r))
-    spans, masks = [], []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        first, last = max(0, n_before + start + 1 - window) if window else 0, n_before + stop
-        mask = seen(n_before + start, n_before + stop, first, last).astype(_accumulator(q))
-        if segment_ids is not None:
-            mask = jnp.broadcast_to(mask, (n_batch, n_head, *mask.shape[2:]))
-        spans.append(_Span(start, stop, first, last))
-        masks.append(mask.reshape(-1, *mask.shape[2:]))
-    out = _attend(scale, tuple(spans), large, q_r, k_r, v_r, tuple(masks))
-    return out.reshape(n_batch, n_head, *out.shape[1:]).swapaxes(1, 2)
+    # products whose batch axes lie apart.
+    q, k, v = jax.lax.optimization_barrier(tuple(x.swapaxes(1, 2) for x in (q, k, v)))
+    n_query = length if dropout is not None else _CPU_QUERIES if on_cpu() else _QUERIES
+    spans = []
+    for start in range(0, length, n_query):
+        stop, first = min(start + n_query, length), n_before + start + 1 - window
+        spans.append(_Span(start, stop, max(0, first) if window else 0, n_before + stop))
+    masks = [_seen(span, n_before, window, segment_ids) for span in spans]
+    if dropout is None and not on_cpu():
+        return _few_blocks(scale, tuple(spans), q, k, v, masks).swapaxes(1, 2)
+    read: Callable[..., Array] = partial(_block, scale, dropout)
+    if dropout is None:  # else in one piece
+        read = jax.checkpoint(read)
+    blocks = []
+    for span, mask in zip(spans, masks, strict=True):
+        keys = slice(span.first, span.last)
+        blocks.append(read(q[:, :, span.start : span.stop], k[:, :, keys], v[:, :, keys], mask))
+    return checkpoint_name(jnp.concatenate(blocks, axis=2).swapaxes(1, 2), "mixed")
 
 
 class _Span(NamedTuple):
@@ -99,6 +85,52 @@ class _Span(NamedTuple):
     stop: int
     first: int
     last: int
+
+
+def _seen(span, n_before, window, segment_ids):
+    """Whether queries see keys, [1 or B, 1, t, s]; n_before keys are before the first query."""
+    query = n_before + jnp.arange(span.start, span.stop)[:, None]
+    key = jnp.arange(span.first, span.last)[None, :]
+    seen = key <= query
+    if window:
+        seen &= key > query - window
+    if segment_ids is None:
+        return seen[None, None]
+    own = segment_ids[:, n_before + span.start : n_before + span.stop]
+    theirs = segment_ids[:, span.first : span.last]
+    return (seen[None] & (own[:, :, None] == theirs[:, None, :]))[:, None]
+
+
+def _block(scale, dropout, q, k, v, seen):
+    """What queries [B, N, t, H] read of keys [B, N, s, H]: the form for a CPU's cache."""
+    scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=_accumulator(q)) * scale
+    scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    if dropout is not None:
+        weights = dropout(weights)
+    # Divided after the product: [T, H] divisions instead of [T, S].
+    out = jnp.einsum(
+        "bnts,bnsh->bnth", weights.astype(v.dtype), v, preferred_element_type=total.dtype
+    )
+    return (out / total).astype(v.dtype)
+
+
+def _few_blocks(scale, spans, q, k, v, masks):
+    """The form for a GPU: heads are rows, [R, t, H], and the gradient is by hand."""
+    n_batch, n_head = q.shape[:2]
+    rows = lambda x: x.reshape(-1, *x.shape[2:])
+    q, k, v = map(rows, (q, k, v))
+    large, q, k, v = vary((_any_large(scale, q, k), q, k, v))
+
+    def factor(mask):
+        mask = mask.astype(_accumulator(q))
+        if len(mask) > 1:
+            mask = jnp.broadcast_to(mask, (n_batch, n_head, *mask.shape[2:]))
+        return rows(mask)
+
+    out = _attend(scale, spans, large, q, k, v, tuple(map(factor, masks)))
+    return out.reshape(n_batch, n_head, *out.shape[1:])
 
 
 def _any_large(scale, q, k):
