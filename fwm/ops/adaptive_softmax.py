@@ -18,10 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float
 
-from fwm.errors import UserError
 from fwm.ops.checks import vary
 from fwm.ops.forms import on_cpu
 
@@ -368,18 +366,7 @@ def _add_gradients(group: _Group, by: _Sorted, h, table, bias, g, lse, gradients
 
 
 def _nll_bwd(clusters, saved, g):
-    gradients = _backward(clusters, _blocks(), saved, g)
-    if len(clusters) > 1:
-        gradients = linear_call(lambda _, x: x, _reversed_twice, (), gradients)
-    return *gradients, None
-
-
-def _reversed_twice(*_):
-    """Where reverse mode would go through a loop whose length the targets decide."""
-    raise UserError(
-        "adaptive softmax: with cutoffs there is no reverse mode over reverse mode: take forward "
-        "over reverse, jax.jvp(jax.grad(loss), ...), or a model without cutoffs."
-    )
+    return *_backward(clusters, _blocks(), saved, g), None
 
 
 @partial(jax.jit, static_argnums=(0, 1))
