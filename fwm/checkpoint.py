@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from fwm.errors import UserError
-from fwm.files import read_json, write_json
+from fwm.files import files_below, read_json, write_json
 from fwm.terminal import say
 
 MAX_FAILURES = 3
@@ -60,8 +60,8 @@ _blake2b = functools.partial(hashlib.blake2b, digest_size=16)
 def _checksums(directory: Path) -> dict[str, str]:
     """Relative name -> checksum of every file, and under its own name that of this table."""
     sums = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path != directory / CHECKSUMS:
+    for path in files_below(directory):
+        if path != directory / CHECKSUMS:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, _blake2b)
             sums[path.relative_to(directory).as_posix()] = digest.hexdigest()
@@ -163,7 +163,9 @@ class Checkpoints:
         self._failures += 1
         self._close_manager()
         self._remove_unfinished()
-        reason = " ".join(str(error).split()).rsplit(": ", 1)[-1]
+        # Of an OSError what it is; its text ends with the path.
+        told = isinstance(error, OSError) and error.strerror
+        reason = told or " ".join(str(error).split()).rsplit(": ", 1)[-1]
         if self._failures >= MAX_FAILURES:
             raise UserError(
                 f"The checkpoint of step {step} could not be written to {self._directory} "

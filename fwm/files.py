@@ -49,6 +49,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, in order; one that cannot be looked into is an OSError, not empty.
+
+    `Path.rglob` leaves out what it has no permission for, and says nothing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(folder, onerror=refuse)
+    return sorted(Path(where, name) for where, _, names in walk for name in names)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole, as it is, and to the disk."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:

@@ -308,7 +308,7 @@ def test_failed_writes_are_survived_twice_in_a_row(tmp_path, monkeypatch):
     warnings: list[str] = []
     save = ocp.CheckpointManager.save
     errors = {
-        "orbax": OSError(28, "No space left on device"),
+        "orbax": OSError(28, "No space left on device", "/somewhere"),
         "tensorstore": ValueError("RESOURCE_EXHAUSTED: Error\nwriting"),
     }
     failing = {2: "orbax", 3: "tensorstore", 5: "orbax", 6: "tensorstore", 7: "orbax"}
@@ -324,6 +324,7 @@ def test_failed_writes_are_survived_twice_in_a_row(tmp_path, monkeypatch):
     for step in range(1, 8):
         checkpoints.save(step, make_state(step), valid_loss=None)
     assert len(warnings) == 4
+    assert "step 2 could not be written (No space left on device)" in warnings[0]
     assert "step 3 could not be written (Error writing)" in warnings[1]
     assert "last saved step is 1" in warnings[1]
     with pytest.raises(UserError, match=r"step 7 .* 3 failures in a row.* goes on from step 4"):

@@ -202,7 +202,6 @@ def test_a_platform_that_is_not_there(monkeypatch):
     ("splits", "message"),
     [
         ({"train": None}, "lacks the train split"),
-        ({"valid": None}, "lacks the valid split"),
         ({"train": ""}, r"train\.txt is empty"),
         ({"valid": "\n \n"}, r"valid\.txt is empty"),
         ({"train": b"the \xff\xfe cat\n" * 40}, r"train\.txt is not UTF-8"),

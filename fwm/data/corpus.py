@@ -180,7 +180,10 @@ def load(
         vocab=vocab,
         streams={split: np.memmap(entry / f"{split}.int32", np.int32, "r") for split in splits},
         unit=source.unit,
-        warnings=tuple(warnings[split] for split in splits if split in warnings),
+        warnings=(
+            *filter(None, [source.note]),
+            *(warnings[split] for split in splits if split in warnings),
+        ),
         sentences=sentences,
         texts=texts,
         documents=begun,

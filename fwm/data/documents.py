@@ -18,7 +18,7 @@ from typing import Any
 from fwm.data.cache import build_once, file_digest
 from fwm.data.tokens import Span, texts
 from fwm.errors import UserError
-from fwm.files import read_json
+from fwm.files import files_below, read_json
 
 # Part of the cache key: raise it when the files come out otherwise.
 FORMAT = 2
@@ -60,7 +60,7 @@ def find(folder: Path) -> Files:
         return {"": _arrow_files(folder)}
     found = [
         path
-        for path in sorted(folder.rglob("*"))
+        for path in files_below(folder)
         if kind(path) in KINDS
         and path.is_file()
         and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)

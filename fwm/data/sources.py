@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ TOKENIZERS = {
     "characters": ("characters", "character"),
     "bpe": ("bpe", "subword"),
 }
+USES = {"valid": "validation", "test": "testing"}
 SEARCHED = 1 << 20  # bytes that the end of a line is looked for in
 
 
@@ -31,6 +32,7 @@ class Source:
     min_count: words rarer than this in the training text are `<unk>`, as the benchmark demands.
     called: what a span is called where its path would not help: it is a file of our own.
     gathered: whether the spans are of documents that came as such, `documents.gather`.
+    note: a sentence on splits that were made of others, where their names had promised none.
     """
 
     spans: Mapping[str, Span]
@@ -38,6 +40,7 @@ class Source:
     min_count: int = 1
     called: Mapping[str, str] = field(default_factory=dict)
     gathered: bool = False
+    note: str = ""
 
     def where(self, split: str) -> str:
         """What the text of a split is called in a message."""
@@ -165,15 +168,29 @@ def _gathered(files: documents.Files, where: str, cache_dir: Path, field: str) -
     if "" not in files:
         paths = {split: str(folder / f"{split}.txt") for split in SPLITS if split in files}
         spans = {split: Span(p, 0, os.path.getsize(p), "lines") for split, p in paths.items()}
+        spans, note = _with_valid(spans, where)
         called = {s: f"The {s} split of {where}" for s in spans}
-        return Source(spans, "word", called=called, gathered=True)
+        return Source(spans, "word", called=called, gathered=True, note=note)
     text = str(folder / f"{documents.WHOLE}.txt")
     spans = {s: Span(text, *ends, "lines") for s, ends in borders.items()} or _cut(text, where)
     return Source(spans, "word", called=dict.fromkeys(spans, where), gathered=True)
 
 
-def _cut(path: str, where: str) -> dict[str, Span]:
-    """Split a text 90/5/5 by place, at the end of a line, or at least of a word.
+def _with_valid(spans: dict[str, Span], where: str) -> tuple[dict[str, Span], str]:
+    """The spans, and where only train or train and test are there the others, of train's end."""
+    if "train" not in spans or "valid" in spans:
+        return spans, ""
+    made = tuple(split for split in SPLITS if split not in spans)
+    cut = _cut(spans["train"].path, where, ("train", *made))
+    note = (
+        f"{where} has no {' and no '.join(made)} split: the last {5 * len(made)}% of its training "
+        "text are held out."
+    )
+    return spans | cut, note
+
+
+def _cut(path: str, where: str, splits: Sequence[str] = SPLITS) -> dict[str, Span]:
+    """Split a text by place, 5% for each but the first, at the end of a line, or of a word.
 
     Raises:
       UserError: it is empty or too small for it.
@@ -184,7 +201,7 @@ def _cut(path: str, where: str) -> dict[str, Span]:
     held_out = size // 20
     borders = [0]
     with open(path, "rb") as file:
-        for mark in (size - 2 * held_out, size - held_out):
+        for mark in (size - n * held_out for n in range(len(splits) - 1, 0, -1)):
             file.seek(mark)
             text = file.read(min(held_out, SEARCHED))
             # After a line of usual length; else after a word. Text without any white space is cut
@@ -198,14 +215,15 @@ def _cut(path: str, where: str) -> dict[str, Span]:
         for start, stop in itertools.pairwise(borders):
             file.seek(start)
             if not file.read(min(stop - start, SEARCHED)).strip():
+                uses = " and 5% for ".join(USES[split] for split in splits[1:])
                 raise UserError(
-                    f"{where} has {size} bytes of text: too few to hold out 5% for validation and"
-                    " 5% for testing; give a longer one, or a folder with train.txt, valid.txt and"
-                    " test.txt as --config.data.dir."
+                    f"{where} has {size} bytes of text: too few to hold out 5% for {uses}; give a"
+                    " longer one, or a folder with train.txt, valid.txt and test.txt as"
+                    " --config.data.dir."
                 )
     return {
         split: Span(path, start, stop, "lines")
-        for split, start, stop in zip(SPLITS, borders[:-1], borders[1:], strict=True)
+        for split, start, stop in zip(splits, borders[:-1], borders[1:], strict=True)
     }
 
 
@@ -259,7 +277,11 @@ def _folder(
         spans = _ninety_five_five(str(folder / name), CHARACTER_SETS[name])
     if not spans and name not in CHARACTER_SETS and (found := documents.find(folder)):
         return _gathered(found, dir, cache_dir, field)
-    return Source(spans, "character" if name in CHARACTER_SETS else "word", min_count)
+    if name in CHARACTER_SETS:
+        return Source(spans, "character", min_count)
+    # A text of one's own; those of benchmarks have splits that everybody uses.
+    spans, note = (spans, "") if name in WORD_SETS else _with_valid(spans, dir)
+    return Source(spans, "word", min_count, note=note)
 
 
 def _ninety_five_five(path: str, form: str) -> dict[str, Span]:

@@ -1,5 +1,7 @@
 """What newer layers have around the rule: a short convolution, a log decay, a norm with a gate."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,14 +28,24 @@ def short_convolution(
     """
     length, dtype = x.shape[1], np.promote_types(np.float32, x.dtype)
     seen = jnp.concatenate([before.astype(x.dtype), x], axis=1)
-    parts = [seen[:, i : i + length] for i in range(len(taps))]
+    ids = None
     if segment_ids is not None:
         ids = jnp.pad(segment_ids, ((0, 0), (before.shape[1], 0)))
-        own = lambda x, same: jnp.where(same.reshape(same.shape + (1,) * (x.ndim - 2)), x, 0)
-        parts = [own(x, ids[:, i : i + length] == segment_ids) for i, x in enumerate(parts)]
-        seen = own(seen, ids == segment_ids[:, -1:])
-    y = sum(tap * x.astype(dtype) for tap, x in zip(taps[:, None, None], parts, strict=True))
-    return y.astype(x.dtype), seen[:, length:].astype(before.dtype)
+
+    def of_document(start: int, end: int | None, document: Any) -> Array:
+        """The inputs of these places, zeros where they are of another document."""
+        part = seen[:, start:end]
+        if ids is None:
+            return part
+        own = ids[:, start:end] == document
+        return jnp.where(own.reshape(own.shape + (1,) * (x.ndim - 2)), part, 0)
+
+    y = sum(
+        tap * of_document(i, i + length, segment_ids).astype(dtype)
+        for i, tap in enumerate(taps[:, None, None])
+    )
+    last = None if segment_ids is None else segment_ids[:, -1:]
+    return y.astype(x.dtype), of_document(length, None, last).astype(before.dtype)
 
 
 def log_decay(

@@ -252,10 +252,10 @@ def relative_attention(
         )
         scores = (content + _relative_shift(position)) * scale
         filled = jnp.arange(n_slot)[None, :] >= n_memory - length[:, None]
-        visible = seen[None] & filled[:, None, :]
+        visible = seen[None, None] & filled[:, None, None, :]
         if ids is not None:
-            visible &= ids[:, n_memory:, None] == ids[:, None, :]
-        return _read(scores, visible[:, None], v, dropout)
+            visible &= ids[:, None, n_memory:, None] == ids[:, None, None, :]
+        return _read(scores, visible, v, dropout)
 
     n_batch, limit = q.shape[0], _CPU_SCORES if on_cpu() else _SCORES
     n_row = rows_per_block(n_batch, max(1, limit // (q.shape[2] * n_query * n_slot)))

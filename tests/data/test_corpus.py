@@ -1,5 +1,6 @@
 """From folders to streams: the official order, errors in one sentence, a cache that is safe."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -282,6 +283,32 @@ def test_given_vocabulary_equal_to_the_own_one_reuses_the_streams(tmp_path, monk
     monkeypatch.setattr(corpus, "_prepare", lambda *_, **__: pytest.fail("prepared again"))
     again = load(tmp_path, vocab=own.vocab, splits=("train", "valid"))
     np.testing.assert_array_equal(again.streams["train"], own.streams["train"])
+
+
+@pytest.mark.parametrize("test", ["g h\n", None])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_that_is_not_there_is_held_out_of_training(tmp_path, test, packed):
+    """Of a text of one's own, whatever its files are: 5% for each that is missing."""
+    lines = [f"a b{i % 10:02} c\n" for i in range(40)]
+    splits = {"train": "".join(lines), **({"test": test} if test else {})}
+    (tmp_path / "text").mkdir()
+    for split, text in splits.items():
+        (tmp_path / "text" / f"{split}.txt").write_text(text)
+        if packed:
+            plain = tmp_path / "text" / f"{split}.txt"
+            plain.with_name(f"{split}.txt.gz").write_bytes(gzip.compress(plain.read_bytes()))
+            plain.unlink()
+    found = load(tmp_path, "embedded", str(tmp_path / "text"), splits=("train", "valid", "test"))
+    said = {split: found.vocab.decode(found.streams[split]) for split in found.streams}
+    # The line that 95% of the bytes end with is trained on; and the one that 90% do.
+    held_out = 1 if test else 3
+    assert said["train"] == "".join(lines[:-held_out])
+    assert said["valid"] + (said["test"] if not test else "") == "".join(lines[-held_out:])
+    made = "no valid split: the last 5%" if test else "no valid and no test split: the last 10%"
+    # Of documents that are all for training nothing promises splits, as of a single file.
+    assert (f"{tmp_path / 'text'} has {made} of its training text" in str(found.warnings)) == (
+        not packed or test is not None
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -242,6 +244,21 @@ def test_hidden_files_are_not_read(tmp_path):
         write_texts(tmp_path / "text" / name, ["\xff"])
     (tmp_path / "text" / "README.md").write_text("no document")
     assert len(documents.find(tmp_path / "text")[""]) == len(DOCUMENTS)
+
+
+def test_a_folder_without_permission_is_not_an_empty_one(tmp_path, monkeypatch):
+    """For root, as in many a container, there is none: what a user would be told stands in."""
+    write_texts(tmp_path / "text" / "closed", DOCUMENTS)
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="closed"):
+        documents.find(tmp_path / "text")
 
 
 def test_a_saved_data_set_of_the_library_itself(tmp_path):
