@@ -266,14 +266,17 @@ def op(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[Callable, tuple]:
         both = jax.value_and_grad(loss, (0, 1, 2))
         return both, (params, inputs[0], tables, inputs[1])
     b, t, n, k, v = shape
-    write = (array(b, t, n, kind="float32"),) if name == "delta" else ()
-    rule = {"delta": ops.delta_rule, "sum": ops.sum_rule}[name]
+    per_head = array(b, t, n, kind="float32")
+    decayed = lambda q, k, v, beta, decay: ops.delta_rule(q, k, v, beta, log_decay=decay)
+    rule, n_write = {
+        "delta": (ops.delta_rule, 1), "head_decay": (decayed, 2), "sum": (ops.sum_rule, 0)
+    }[name]  # fmt: skip
 
     def forward_and_backward(dout, *arguments):
         out, pull = jax.vjp(lambda *x: rule(*x)[0], *arguments)
         return out, pull(dout)
 
-    arguments = (array(b, t, n, k), array(b, t, n, k), array(b, t, n, v), *write)
+    arguments = (array(b, t, n, k), array(b, t, n, k), array(b, t, n, v), *[per_head] * n_write)
     return forward_and_backward, (array(b, t, n, v), *arguments)
 
 
@@ -308,7 +311,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=("tiny", "small", "medium"))
     parser.add_argument("--rows", type=int, default=0, help="of each device; 0: the paper's batch")
     parser.add_argument("--evaluate", action="store_true", help="the evaluator, not a step")
-    parser.add_argument("--op", choices=("delta", "sum", "softmax"))
+    parser.add_argument("--op", choices=("delta", "head_decay", "sum", "softmax"))
     parser.add_argument("--shape", default="8,2048,16,128,128", help="of --op")
     parser.add_argument("--trips", default="", help="of data-dependent loops, from the outermost")
     parser.add_argument("--by", action="store_true", help="by part of the model")

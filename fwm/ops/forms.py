@@ -2,7 +2,7 @@
 
 | op | on a CPU | elsewhere |
 |---|---|---|
-| delta rule | groups of chunks that stay in the cache (`chunks`, `rules`) | all at once (`whole`) |
+| delta rule, a decay per head | groups of chunks in the cache (`chunks`) | all at once (`whole`) |
 | feed-forward | keeps the wide activation | computes it again, masks within the matmuls |
 | adaptive softmax | blocks for the cache, as many as there are tokens | few blocks, known sizes |
 | causal attention | blocks of 64 queries, whose scores the cache holds | of 256, gradient by hand |

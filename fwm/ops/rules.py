@@ -19,7 +19,7 @@ from fwm.ops import chunks, general, recurrent, segments
 from fwm.ops.chunks import Chunked, copy_t, mapped, scan_chunks
 from fwm.ops.general import composed
 from fwm.ops.inverse import unit_inverse
-from fwm.ops.recurrent import Input, Rule, Update
+from fwm.ops.recurrent import Input, Rule, Switches, Update
 from fwm.ops.whole import delta_whole
 from fwm.registry import Table
 
@@ -332,6 +332,10 @@ def _run_switched(switches, n, inputs, q, k, v, weights, chunk_size):
     rule = DELTA if switches.delta else SUM
     if switches.decay or switches.erase:
         rule = general.rule(switches)
+    per_head = Switches(delta=True, decay=True, erase=False)
+    if switches == per_head and inputs[1].ndim == 3:
+        at_once = rule.chunked._replace(whole=delta_whole, whole_sizes=_whole_sizes)
+        rule = rule._replace(chunked=at_once)
     if n > 1 and q.shape[0] == 0:
         return recurrent.by_tokens(switches, n, q, k, v, inputs, weights)
     if n > 1:

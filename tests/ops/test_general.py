@@ -26,10 +26,15 @@ def by_names(rule, names, *arrays, **options):
 
 @pytest.mark.parametrize(
     ("form", "path"),
-    [(form, path) for path in FEW for form in (ops, ops.recurrent)] + [(ops, p) for p in MORE],
-    ids=lambda x: x.stem if isinstance(x, Path) else x.__name__,
+    [(form, path) for path in FEW for form in (ops, ops.recurrent)]
+    + [(ops, p) for p in MORE]
+    + [("at_once", p) for p in (*FEW, *MORE) if p.name.startswith("delta_decay-head")],
+    ids=lambda x: x.stem if isinstance(x, Path) else getattr(x, "__name__", x),
 )
-def test_golden_rules(form, path):
+def test_golden_rules(form, path, monkeypatch):
+    if form == "at_once":  # as on a GPU
+        monkeypatch.setattr("fwm.ops.chunks.on_cpu", lambda: False)
+        form = ops
     file = np.load(path)
     rule = getattr(form, json.loads(str(file["config"]))["rule"] + "_rule")
     every = ("q", "k", "v", "beta", "log_decay", "erase_key", "initial_state")
@@ -97,6 +102,29 @@ def test_any_chunks_and_any_split_give_the_definition(decay):
         outs.append(out)
     assert relative_error(np.concatenate(outs, axis=1), wanted[0]) < 1e-5
     assert relative_error(weights, wanted[1]) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 37])
+@pytest.mark.parametrize("cpu", [True, False])
+def test_decays_of_any_strength_give_the_definition(length, cpu, monkeypatch):
+    """By either form: none, weak ones, exp(-100), of which gradients vanish, and exp(-inf)."""
+    q, k, v, beta, log_decay, _, weights = make("head", length, n=1)
+    log_decay /= 10
+    if length > 1:
+        log_decay[:, 12:20], log_decay[0, 20:24] = 0, -100
+        log_decay[:, [4, 33]], log_decay[1, 5] = -np.inf, -100
+    arrays, at = (q, k, v, beta, log_decay, weights), [*NAMES[:5], NAMES[6]]
+    monkeypatch.setattr("fwm.ops.chunks.on_cpu", lambda: cpu)
+    found = results(rule := partial(by_names, ops.delta_rule, at), arrays)
+    wanted = exact(partial(by_names, ops.recurrent.delta_rule, at), arrays)
+    for name, a, b in zip(["out", "last", *at], found, wanted, strict=True):
+        assert relative_error(a, b) < 2e-6, name
+    assert (found[2 + at.index("log_decay")][log_decay <= -100] == 0).all()
+    for a, b in zip(jax.jit(rule)(*float32(arrays)), wanted[:2], strict=True):
+        assert relative_error(a, b) < 2e-6  # in other chunks, where there is no gradient
+    half = results(rule, arrays, dtype="bfloat16")
+    for name, a, b in zip(["out", "last", *at], half, wanted, strict=True):
+        assert relative_error(a, b) < 0.1, name
 
 
 @pytest.mark.parametrize("form", [ops, ops.recurrent])

@@ -68,6 +68,7 @@ def rules():
     yield "delta, long", ops.delta_rule, (*LONG, WEIGHTS)
     yield "sum, long", ops.sum_rule, (*LONG[:3], WEIGHTS)
     yield "delta, one chunk each", partial(ops.delta_rule, chunk_size=1), (Q, K, V, BETA, WEIGHTS)
+    yield "delta head at once", at_once, (*LONG, WEIGHTS, np.concatenate([head] * 6, axis=1))
     yield "delta, rows", in_rows(partial(ops.delta_rule, chunk_size=4)), (Q, K, V, BETA, WEIGHTS)
     yield "no chunks", own_rule, (Q, K, V, BETA, WEIGHTS)
 
@@ -77,6 +78,16 @@ def own_rule(q, k, v, beta, weights):
     rule = ops.Rule(ops.recurrent.delta_step, (ops.Input("beta", jax.nn.sigmoid),))
     q, k, v, beta = (jnp.concatenate([x] * 3, axis=1) for x in (q, k, v, beta))
     return chunks.run(rule, q, k, v, (beta,), weights)
+
+
+def at_once(q, k, v, beta, weights, log_decay):
+    """As on a GPU."""
+    on_cpu = chunks.on_cpu
+    chunks.on_cpu = lambda: False
+    try:
+        return ops.delta_rule(q, k, v, beta, weights, log_decay=log_decay)
+    finally:
+        chunks.on_cpu = on_cpu
 
 
 def in_rows(rule):

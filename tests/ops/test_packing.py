@@ -59,6 +59,7 @@ CASES = {
     "token by token": ("bounded", "none", None, 1),
     "decay of its own": ("decayed", "none", None, 1),
     "on a GPU": ("delta", "none", None, 1),
+    "on a GPU, head": ("delta", "none", "head", 1),
 }
 
 
@@ -92,7 +93,7 @@ def assert_same(together, alone):
 def test_packed_equals_apart(case, monkeypatch):
     for name, rule in OWN.items():
         monkeypatch.setitem(UPDATE_RULES, name, rule)
-    if case == "on a GPU":
+    if case.startswith("on a GPU"):
         monkeypatch.setattr("fwm.ops.chunks.on_cpu", lambda: False)
     name, normalization, decay, n = CASES[case]
     rng = np.random.default_rng(0)
