@@ -69,8 +69,10 @@ def forgotten():
 
 def pytest_collection_finish():
     # What is imported stays: no collection need look through it again, a quarter of all the time.
+    # Tracing makes many small objects that live: collections are seldom worth their time.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
