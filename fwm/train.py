@@ -147,9 +147,15 @@ def _loop(this: Run) -> int:
 
 
 @remembered
-def _update(step: Callable, *parts: Any) -> Callable:
+def _update(
+    step: Callable,
+    model: LanguageModel,
+    optimizer: Any,
+    schedule: Schedule,
+    batch_chunk: int,
+    skip: bool,
+) -> Callable:
     """`step` of what stays the same, on all devices; runs alike in one process compile it once."""
-    model, optimizer, schedule, batch_chunk, skip = parts
     step = functools.partial(
         step, model, optimizer, schedule, batch_chunk=batch_chunk, skip=skip, average=parallel.mean
     )
@@ -226,13 +232,13 @@ def prepare(
             rows = t.batch_size if carries else 0
             init = _first(init_state, model, optimizer, c.seed, rows)
             _check_memory(init.eval_shape())
-            # A run that has begun needs the other one no more.
-            other = None
             if c.init_checkpoint != "best" and not (c.init_from or begun):
                 raise UserError(
                     f"config.init_checkpoint={c.init_checkpoint} is one of config.init_from, which "
                     "is not given: give both or neither."
                 )
+            # A run that has begun needs the other one no more.
+            other = None
             if c.init_from and not begun:
                 drawn = init().params
                 other = borrow(c, drawn, model.config, task.vocab, task.unit)

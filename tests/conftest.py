@@ -20,21 +20,15 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
-import jaxtyping
 import pytest
 import whole_entries  # noqa: F401
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The shapes in public signatures are checked here and nowhere else: users pay nothing.
-_hook = jaxtyping.install_import_hook("fwm", "beartype.beartype")
-# That takes a sixth of the time. Whole runs and models go without it: what they are made of has
-# tests of its own.
-WHOLE = {
-    "test_examples", "test_golden_evaluation", "test_golden_models", "test_golden_training",
-    "test_main", "test_old_runs", "test_train",
-}  # fmt: skip
+_hook = install_import_hook("fwm", "beartype.beartype")
 
 
 # What takes longest is begun first, so that two workers end together.
@@ -48,7 +42,7 @@ LONGEST = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="of test_survival.py's training run")
+    parser.addoption("--kills", type=int, default=4, help="of test_survival.py's training run")
 
 
 def pytest_collection_modifyitems(items):
@@ -68,16 +62,11 @@ def forgotten():
 
 
 def pytest_collection_finish():
-    # What is imported stays: no collection need look through it again, a quarter of all the time.
-    # Tracing makes many small objects that live: collections are seldom worth their time.
+    # What is imported stays, and tracing makes many small objects that live: no collection need
+    # look through all of it again and again.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shapes_checked(request):
-    jaxtyping.config.update("jaxtyping_disable", request.module.__name__ in WHOLE)
 
 
 @pytest.fixture(scope="module")

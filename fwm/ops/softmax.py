@@ -60,16 +60,18 @@ def causal_attention(
     # Heads before time, as arrays of their own: XLA's CPU backend is three times slower at small
     # products whose batch axes lie apart.
     q, k, v = jax.lax.optimization_barrier(tuple(x.swapaxes(1, 2) for x in (q, k, v)))
-    n_query = length if dropout is not None else _CPU_QUERIES if on_cpu() else _QUERIES
-    spans = []
-    for start in range(0, length, n_query):
-        stop, first = min(start + n_query, length), n_before + start + 1 - window
-        spans.append(_Span(start, stop, max(0, first) if window else 0, n_before + stop))
+    spans = [_Span(0, length, 0, k.shape[2])]  # in one piece, for dropout
+    if dropout is None:
+        size, spans = _CPU_QUERIES if on_cpu() else _QUERIES, []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            first = max(0, n_before + start + 1 - window) if window else 0
+            spans.append(_Span(start, stop, first, n_before + stop))
     masks = [_seen(span, n_before, window, segment_ids) for span in spans]
     if dropout is None and not on_cpu():
         return _few_blocks(scale, tuple(spans), q, k, v, masks).swapaxes(1, 2)
     read: Callable[..., Array] = partial(_block, scale, dropout)
-    if dropout is None:  # else in one piece
+    if dropout is None:
         read = jax.checkpoint(read)
     blocks = []
     for span, mask in zip(spans, masks, strict=True):

@@ -156,7 +156,9 @@ def test_dropout_is_applied_to_the_probabilities():
     doubled = causal_attention(q, k, v, scale=1.0, dropout=dropout)
     once = causal_attention(q, k, v, scale=1.0, dropout=lambda probabilities: probabilities)
     np.testing.assert_allclose(doubled, 2 * once, rtol=1e-6)
-    assert shapes == [(1, 1, 6, 6)]
+    # All in one piece, also those of keys before every window.
+    causal_attention(q[:, -3:], k, v, scale=1.0, window=2, dropout=dropout)
+    assert shapes == [(1, 1, 6, 6), (1, 1, 3, 6)]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
