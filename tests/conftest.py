@@ -27,8 +27,12 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The shapes in public signatures are checked here and nowhere else: users pay nothing.
-_hook = install_import_hook("fwm", "beartype.beartype")
+# The shapes in public signatures are checked here and nowhere else: users pay nothing. Files that
+# have none are left out: of some the functions are called a million times, and a check takes time.
+ROOT = Path(__file__).parents[1]
+_shaped = [path for path in (ROOT / "fwm").rglob("*.py") if "jaxtyping" in path.read_text()]
+_names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in _shaped]
+_hook = install_import_hook(_names, "beartype.beartype")
 
 
 # What takes longest is begun first, so that two workers end together.
