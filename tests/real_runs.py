@@ -68,12 +68,12 @@ def last_logged(workdir):
         return 0
 
 
-def wait_until(condition, *processes):
-    """Poll often; fail if one of the processes ends before."""
+def wait_until(condition, *processes, every=0.01):
+    """Poll, every so many seconds; fail if one of the processes ends before."""
     while not condition():
         for process in processes:
             assert process.poll() is None, process.stdout.read()
-        time.sleep(0.001)
+        time.sleep(every)
 
 
 def wait_for_step(workdir, step, old_log, *processes):

@@ -55,7 +55,7 @@ def test_killed_anywhere_and_stopped_it_ends_bit_for_bit_the_same(tmp_path, requ
         else:
             wait_for_step(run, before + rng.integers(1, 7), old_log, process)
         if stop == "saving":
-            wait_until(lambda: half_written(run), process)
+            wait_until(lambda: half_written(run), process, every=0.001)
         time.sleep(rng.uniform(0, 0.03))
         at, began = last_logged(run), time.monotonic()
         process.send_signal(signal.SIGKILL if isinstance(stop, str) else stop)
