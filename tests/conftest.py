@@ -8,9 +8,9 @@ from pathlib import Path
 # Before jax is imported, and for the processes that tests start. Two CPU devices, so that all that
 # is parallel is really parallel. Tests compile a lot and compute little: without LLVM's
 # optimisations and the newer emitters of fusions that takes a third of the time (from 0.11 on,
-# jaxlib has no others, and ends a process that names them), and a sixth less where a program is not
-# cut into 32 parts, which the other worker's core would have to compile. What is compiled is kept for all tests,
-# workers and later runs; jax names it by its version, flags and program.
+# jaxlib has no others, and ends a process that names them), and a sixth less where a program is
+# not cut into 32 parts. What is compiled is kept for all tests, workers and later runs; jax names
+# it by its version, flags and program.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"

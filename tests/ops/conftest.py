@@ -48,7 +48,7 @@ def results(rule, inputs, dout=None, dweights=None, dtype=np.float32):
 
     What is compiled is shared by the calls with one and the same `rule`, inputs shaped alike.
     """
-    inputs = [jnp.asarray(x, dtype) for x in inputs]
+    inputs = [jnp.asarray(np.asarray(x, dtype)) for x in inputs]  # each cast would be compiled
     found = _values_and_gradients(rule, inputs, (dout, dweights))
     return [np.asarray(x, np.float64) for x in found]
 
@@ -61,7 +61,7 @@ def exact(rule, inputs, **cotangents):
 
 def float32(arrays):
     """The same tree of arrays as float32 jax arrays."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)), arrays)
 
 
 def relative_error(actual, expected):

@@ -19,7 +19,7 @@ def softmax(scores):
 
 def draw(*shapes):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    return [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
 
 
 @pytest.mark.parametrize(("length", "window"), [(1, 0), (50, 0), (300, 0), (1, 2), (150, 40)])
