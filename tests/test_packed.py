@@ -1,5 +1,7 @@
 """Documents packed into rows: as each by itself, in the model, its memory and its scores."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from test_score import make
 from fwm.errors import UserError
 from fwm.layers import MIXERS, FastWeightAttention, Mixer
 from fwm.model import LanguageModel, ModelConfig, empty_memory
+from fwm.ops import UPDATE_RULES
 from fwm.score import CarryOver, finish, sliding_window
 
 T = 16
@@ -123,3 +126,9 @@ def test_what_cannot_be_packed(monkeypatch):
     with pytest.raises(UserError, match="rows of the mixer blind, which does not keep them"):
         jax.eval_shape(pack)
     assert not Mixer.packs
+    rule = UPDATE_RULES["delta"]._replace(key_sums=lambda k, before, *rest, last=False: k)
+    monkeypatch.setitem(UPDATE_RULES, "own", rule)
+    config = ModelConfig(30, update_rule="own", attn_normalization="output")
+    with pytest.raises(UserError, match="anew with each document, and update_rule own makes its"):
+        config.check_packs()
+    dataclasses.replace(config, attn_normalization="none").check_packs()
