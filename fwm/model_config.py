@@ -213,6 +213,7 @@ class ModelConfig:
                     f"documents cannot be packed into rows of the mixer {name}, which does not "
                     "keep them apart (Mixer.packs): leave config.data.documents at False."
                 )
+            mixer.check_packs()
 
     def name_parts(self) -> list[str]:
         """What a run's name says of the mixers: of each what it says itself, and how often."""

@@ -40,6 +40,7 @@ _hook = install_import_hook(_names, "beartype.beartype")
 # What takes longest is begun first, so that two workers end together.
 LONGEST = (
     "test_survival.py::test_killed",
+    "test_docs.py::test_commands_run",
     "test_distributed.py::test_two_processes",
     "test_notebooks.py::test_runs_from_top_to_bottom",
     "test_retrieval.py::test_an_interrupt",

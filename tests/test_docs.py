@@ -1,47 +1,77 @@
-"""Every command and snippet of the documentation.
+"""Every command and snippet of the documentation, and every command of the README.
 
-Python is executed, page by page, beside a small trained run `runs/a`. Of commands, those that ask
-something of `runs/a` are executed; what trains for minutes or days is parsed to its config, from
-which the model is built; other programs must be named by a requirement, a module or a shell.
+Page by page, beside a small trained run `runs/a`: snippets as they are; commands as bash takes them
+apart, with the sizes and the text of `runs/a`, so that each trains, evaluates, compares or writes.
+What needs several processes, hours or an account, and the examples, are parsed here and run by
+tests of their own (`ELSEWHERE`). Other programs must be known.
 """
 
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from program import call, parsed
+from program import SIZES, call, parsed, write_text
 
 import main
-from fwm.config import build_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
-OLD = ROOT / "tests" / "old_runs"
-PLACEHOLDERS = {"$lr": "1e-3"}
 
 
 def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def commands(text):
-    """The command lines of a page, without comments and the shell's own words."""
-    lines = (line.strip() for block in blocks(text, "bash") for line in block.splitlines())
-    return [line for line in lines if line and line[0] != "#" and line not in ("done", "fi")]
+def indented(text):
+    """README's commands; `Your own text` is executed by test_own_text.py."""
+    text = re.sub(r"## Your own text.*?(?=^## )", "", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
+    return [block for block in found if block.lstrip().startswith(("python main.py", "for "))]
+
+
+SCRIPTS = {page: blocks(text, "bash") for page, text in PAGES.items()}
+SCRIPTS["README.md"] = indented((ROOT / "README.md").read_text())
+# What a shell makes of a script: each call of python as one line; workdirs are there for its globs.
+SHELL = """
+set -eu
+srun() { "$@"; }
+python3() { false; }
+pip() { :; }
+tensorboard() { :; }
+mkdocs() { :; }
+python() {
+    for word; do case $word in --workdir=runs/*) mkdir -p "${word#*=}";; esac; done
+    printf '%s\\t' "$@"
+    printf '\\n'
+}
+"""
+
+
+def commands(scripts, folder):
+    """The arguments of every call of python in some scripts, in their order, as bash says them."""
+    script = SHELL + "\n".join(scripts)
+    done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, place):
-    """A folder with a run at runs/a, as one of the committed ones, and how its text is found."""
+def small(tmp_path_factory):
+    """A folder with a text, and with runs/a trained on it; the settings of such runs."""
     folder = tmp_path_factory.mktemp("docs")
-    run = folder / "runs" / "a"
-    shutil.copytree(OLD / "dpfp_delta", run)
-    (run / "expected_log.csv").rename(run / "train_log.csv")
-    text = (f"--config.data.dir={OLD / 'text'}", f"--config.data.cache_dir={place / 'cache'}")
-    return folder, text
+    words = "the cat sat on the mat\n\n" * 20
+    write_text(folder / "text", train=words, valid=words, test=words)
+    settings = SIZES | {"data.dir": folder / "text", "data.cache_dir": folder / "cache"}
+    # What presets and commands would change in a program.
+    settings |= {"model.dropout": 0, "train.lr": 1e-3, "train.scheduler": "constant"}
+    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    run = f"--workdir={folder / 'runs' / 'a'}"
+    assert call("--config=configs/dpfp_delta.py", run, *overrides)[0] == 0
+    return folder, settings
 
 
 def test_the_pages_are_found():
@@ -49,53 +79,82 @@ def test_the_pages_are_found():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(PAGES[page], "python")])
-def test_snippets_run(page, trained, monkeypatch):
-    monkeypatch.chdir(trained[0])
+def test_snippets_run(page, small, monkeypatch):
+    monkeypatch.chdir(small[0])
     names: dict = {}
     for number, block in enumerate(blocks(PAGES[page], "python")):
         exec(compile(block, f"{page}, snippet {number + 1}", "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(PAGES[page])])
-def test_commands_are_what_the_program_takes(page, trained):
-    folder, text = trained
-    for line in commands(PAGES[page]):
-        check(line, folder, text)
-
-
-def check(line, folder, text):
-    for name, value in PLACEHOLDERS.items():
-        line = line.replace(name, value)
-    words = shlex.split(line)
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]) or words[0] in ("srun", "do"):
-        words = words[1:]
-    if words[:2] == ["python", "main.py"]:
-        check_main(words[2:], folder, text)
-    elif words[:2] == ["python", "-m"]:
-        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), line
-    elif words[0] == "for":
-        assert words[-1] == "do", line
-    else:
-        # Environments and packages: CI runs README's command, jax names its own extras.
-        assert words[0] in ("python3", "pip", "tensorboard", "mkdocs"), line
-
-
-def check_main(arguments, folder, text):
-    modes = [a.removeprefix("--mode=") for a in arguments if a.startswith("--mode=")]
-    if not modes:
-        config = parsed(*arguments)
-        build_config(config.model.to_dict(), n_token=300_000)
-        main.default_workdir(config)
-        return
-    if "--workdir=runs/a" not in arguments:
+def test_commands_run(small, tmp_path, monkeypatch):
+    """All in one process: what is compiled for one command serves others."""
+    later = []
+    for number, scripts in enumerate(SCRIPTS.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        called = commands(scripts, folder)
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        monkeypatch.chdir(folder)
+        (folder / "configs").symlink_to(ROOT / "configs")
+        shutil.copy(small[0] / "text" / "train.txt", "input.txt")
+        for name in ("a", "b"):
+            shutil.copytree(small[0] / "runs" / "a", f"runs/{name}")
+        status, _, err = call("--mode=export", "--workdir=runs/a", "--official=lm/model.npz")
+        assert status == 0, err
+        for program, *arguments in called:
+            if program == "-m":
+                assert (ROOT / (arguments[0].replace(".", "/") + ".py")).is_file()
+            elif any(a.startswith(ELSEWHERE) for a in arguments):
+                later.append(arguments)
+            else:
+                assert program == "main.py"
+                execute(arguments, *small)
+    monkeypatch.chdir(ROOT)
+    for arguments in later:  # what an example registers would end what is shared
         parsed(*arguments)
-        return
-    arguments = [a.replace("runs/a", str(folder / "runs" / "a")) for a in arguments]
-    data = text if modes[0] in ("valid", "eval", "generate") else ()
-    # The prompt of the pages is of another text.
-    arguments = ["--prompt=w1" if a.startswith("--prompt=") else a for a in arguments]
-    status, _, err = call(*arguments, *data)
-    assert status == 0, err
+
+
+# What is run by test_distributed.py, test_retrieval.py, reporting/test_sinks.py, test_examples.py.
+ELSEWHERE = (
+    "--coordinator_address=", "--mode=retrieval", "--config.report.use_wandb=",
+    "--config=examples/",
+)  # fmt: skip
+# In place of what is not there, takes long, or would be a program of its own.
+INSTEAD = {
+    "lm/model.pt": "lm/model.npz",
+    "The history of": "the cat",
+    "max_step=2000": "max_step=6",
+    "lr=3e-3": "lr=1e-3",
+    "lr=1e-2": "lr=1e-3",
+}
+
+
+def execute(arguments, folder, settings):
+    """main.py with the small run's settings where a command does not say its own."""
+    for theirs, ours in INSTEAD.items():
+        arguments = [a.replace(theirs, ours) for a in arguments]
+    flags = dict(a.removeprefix("--").partition("=")[::2] for a in arguments)
+    mode = flags.get("mode", "train")
+    if mode == "train":
+        workdir = flags.get("workdir", "runs/new")
+        shutil.rmtree(workdir, ignore_errors=True)  # it was there for other commands
+        if "extend" in flags:
+            shutil.copytree(folder / "runs" / "a", workdir)
+        arguments = [f"--workdir={workdir}", *(a for a in arguments if "--workdir=" not in a)]
+        own = flags.keys() - {"config.data.dir"}
+        names = [name for name in settings if f"config.{name}" not in own]
+        if "config.data.file" in own:
+            names.remove("data.dir")
+    else:
+        names = ["data.dir", "data.cache_dir"] if mode in TEXTS else []
+        if mode == "export":
+            shutil.rmtree("lm")
+    overrides = [f"--config.{name}={settings[name]}" for name in names]
+    status, _, err = call(*arguments, *overrides)
+    assert status == 0, (arguments, err)
+
+
+TEXTS = ("valid", "eval", "generate", "import")  # modes that read one
 
 
 def test_every_flag_in_a_table_is_known():

@@ -1,5 +1,7 @@
 """Documents packed into rows: as each by itself, in the model, its memory and its scores."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from test_score import make
 from fwm.errors import UserError
 from fwm.layers import MIXERS, FastWeightAttention, Mixer
 from fwm.model import LanguageModel, ModelConfig, empty_memory
+from fwm.ops import UPDATE_RULES
 from fwm.score import CarryOver, finish, sliding_window
 
 T = 16
@@ -25,12 +28,19 @@ MODELS = {
     ),
     "transformer_xl": dict(mixer="transformer_xl", mem_len=T, n_layer=1),
     "hybrid": dict(mixer=("fast_weight", "softmax"), attention_window=5, no_pos=True),
-}
+    "16 bits": dict(
+        mixer=("fast_weight", "softmax"), attention_window=5, no_pos=True, decay="head",
+        short_conv=3, dtype="bfloat16",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_equals_apart(name):
     model, variables = make(**MODELS[name])
+    # In 16 bits sums that differ in their last bit may round to neighbours, 2^-8 apart near 1; and
+    # a program without a gradient may round at other places than one with.
+    once, twice = (2**-8, 2**-7) if name == "16 bits" else (2e-5, 2e-5)
     x, y, ids = (jnp.asarray(of) for of in (TOKENS[:, :-1], TOKENS[:, 1:], IDS))
     rng = np.random.default_rng(4)
     weights = rng.normal(size=(2, T)).astype(np.float32)
@@ -59,16 +69,17 @@ def test_packed_equals_apart(name):
         variables, own(TOKENS[:, :-1]), own(TOKENS[:, 1:]), own(weights), rows
     )
     for (row, begin, end), alone in zip(DOCUMENTS, apart, strict=True):
-        np.testing.assert_allclose(nll[row, begin:end], alone[: end - begin], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(nll[row, begin:end], alone[: end - begin], rtol=0, atol=once)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(own_grads), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 + 1e-4 * np.abs(theirs).max())
+        atol = once * (0.5 + 5 * np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
     if name == "positions":  # they begin anew with every call
         return
     # In two parts, of which the second goes on with the id 0.
     part = jax.jit(lambda x, y, ids, memory: model.apply(variables, x, y, memory, segment_ids=ids))
     first, half = part(x[:, :8], y[:, :8], ids[:, :8], memory)
     second, at_end = part(x[:, 8:], y[:, 8:], ids[:, 8:] - ids[:, 7:8], half)
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), nll, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), nll, rtol=0, atol=twice)
     # Of a window only what its length says is of the last document.
     if name == "switches":
         for ours, theirs in zip(*map(jax.tree.leaves, (after, at_end)), strict=True):
@@ -115,3 +126,9 @@ def test_what_cannot_be_packed(monkeypatch):
     with pytest.raises(UserError, match="rows of the mixer blind, which does not keep them"):
         jax.eval_shape(pack)
     assert not Mixer.packs
+    rule = UPDATE_RULES["delta"]._replace(key_sums=lambda k, before, *rest, last=False: k)
+    monkeypatch.setitem(UPDATE_RULES, "own", rule)
+    config = ModelConfig(30, update_rule="own", attn_normalization="output")
+    with pytest.raises(UserError, match="anew with each document, and update_rule own makes its"):
+        config.check_packs()
+    dataclasses.replace(config, attn_normalization="none").check_packs()

@@ -262,8 +262,8 @@ class FastWeightAttention(Mixer):
     def check(self) -> None:
         """Names that are known, and switches that the rule has."""
         self._features({})
-        decays, n = self.decay != "none", self.n_step
-        ops.check_composition(self.update_rule, self.attn_normalization, decays, n)
+        n = self.n_step
+        self._check_composition()
         names = [i.name for i in ops.UPDATE_RULES[self.update_rule].inputs]
         if self.beta_max != 1 and "beta" not in names:
             raise UserError(
@@ -280,6 +280,14 @@ class FastWeightAttention(Mixer):
                 "scale_output=False is for the official quadratic layers, which have no decay, "
                 "beta_max, n_step, short_conv or output_gate: leave it at True."
             )
+
+    def check_packs(self) -> None:
+        """A sum of keys that can begin anew, where there is one."""
+        self._check_composition(documents=True)
+
+    def _check_composition(self, documents: bool = False) -> None:
+        switches = self.decay != "none", self.n_step, documents
+        ops.check_composition(self.update_rule, self.attn_normalization, *switches)
 
     def name_parts(self, name: str) -> list[str]:
         """Feature map, update rule, normalisation, the map's own settings, and what is switched."""

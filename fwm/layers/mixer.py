@@ -139,6 +139,9 @@ class Mixer(nn.Module):
     def check(self) -> None:
         """Raise `UserError` where the fields, each within its limits, have no meaning together."""
 
+    def check_packs(self) -> None:
+        """Raise `UserError` where the fields have no meaning for packed documents."""
+
     def name_parts(self, name: str) -> list[str]:
         """What a run's name says of a mixer called `name`."""
         return [name]

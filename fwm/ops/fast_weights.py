@@ -80,7 +80,11 @@ ATTN_NORMALIZATIONS["output_and_key"] = _normalize_output_and_key
 
 
 def check_composition(
-    update_rule: str, attn_normalization: str, decays: bool = False, n_write: int = 1
+    update_rule: str,
+    attn_normalization: str,
+    decays: bool = False,
+    n_write: int = 1,
+    documents: bool = False,
 ) -> None:
     """Raise `UserError` for an unknown name, or switches without meaning for the rule.
 
@@ -89,6 +93,7 @@ def check_composition(
         attn_normalization: a name in ATTN_NORMALIZATIONS.
         decays: whether the memory decays.
         n_write: writes of a token.
+        documents: whether rows are packed with them.
     """
     rule = UPDATE_RULES[update_rule]
     if rule.update is None and (decays or n_write > 1):
@@ -112,6 +117,12 @@ def check_composition(
         raise UserError(
             f"attn_normalization={attn_normalization} divides by a sum of keys that decays as the "
             f"memory does, and update_rule {update_rule} makes its own without: use none."
+        )
+    if documents and rule.key_sums is not running_key_sums:
+        raise UserError(
+            f"attn_normalization={attn_normalization} divides by a sum of keys that begins anew "
+            f"with each document, and update_rule {update_rule} makes its own without: use none, "
+            "or pack no documents."
         )
     if attn_normalization == "output_and_key" and "beta" not in [i.name for i in rule.inputs]:
         raise UserError(
@@ -163,7 +174,8 @@ def fast_weight_attention(
             sums of keys that the rule makes in a way of its own.
     """
     several = q.shape[1] != k.shape[1]
-    check_composition(update_rule, attn_normalization, log_decay is not None, 1 + several)
+    packed = segment_ids is not None
+    check_composition(update_rule, attn_normalization, log_decay is not None, 1 + several, packed)
     rule = UPDATE_RULES[update_rule]
     given = dict(inputs) if beta is None else {"beta": beta, **inputs}
     names = [i.name for i in rule.inputs]
@@ -191,12 +203,6 @@ def fast_weight_attention(
     normalization, begins = ATTN_NORMALIZATIONS[attn_normalization], None
     if segment_ids is not None:
         begins = segments.begins(segment_ids)
-        if normalization is not None and rule.key_sums is not running_key_sums:
-            raise UserError(
-                f"attn_normalization={attn_normalization} divides by a sum of keys that begins "
-                f"anew with each document, and update_rule {update_rule} makes its own without: "
-                "use none, or pack no documents."
-            )
     if state is None:
         dtype = np.promote_types(np.float32, v.dtype)
         n_batch, _, n_head, n_key = jax.eval_shape(lambda k: mapped(features, k), k).shape
