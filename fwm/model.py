@@ -22,12 +22,13 @@ from fwm.layers.parts import (
     EMBEDDING_SITE,
     HIDDEN_SITE,
     KEPT,
+    SITES,
     countdown,
     matrix_init,
     sinusoid,
 )
 from fwm.ops.checks import check
-from fwm.ops.dropout import Dropout, drop
+from fwm.ops.dropout import Dropout, drop, site_words
 from fwm.ops.segments import numbered, since_begin
 
 __all__ = [
@@ -151,15 +152,16 @@ class LanguageModel(nn.Module):
         check("LanguageModel", tokens=(tokens, "B T", jnp.integer))
         _check_memory(c, memory, tokens.shape[0])
         # Layers have keys of their own; the last one is for what is not in a layer.
-        keys, own = None, None
+        draws, own = None, None
         if dropout is not None:
             keys = jax.random.split(dropout.key, c.n_layer + 1)
             own = Dropout(keys[-1], dropout.rows)
-            keys = keys[:-1]
+            words = jax.vmap(jax.vmap(site_words, (None, 0)), (0, None))
+            draws = keys[:-1], words(keys[:-1], jnp.array(SITES))
         x, tables = self.embedded(tokens, documents)
         x = drop(x, own, EMBEDDING_SITE, c.dropout).astype(c.dtype)
         shared = Shared(self.shared_params, None if own is None else own.key, documents)
-        x, memory = self._layers(x, memory, keys, own, last, shared)
+        x, memory = self._layers(x, memory, draws, own, last, shared)
         if c.norm == "pre":
             x = self.final_norm(x)
         return drop(x, own, HIDDEN_SITE, c.dropout), memory, tables
@@ -182,19 +184,18 @@ class LanguageModel(nn.Module):
         self,
         x: Array,
         memory: Any,
-        keys: Any,
+        draws: Any,
         own: Dropout | None,
         last: int | None,
         shared: Shared,
     ) -> tuple[Array, Any]:
-        """All layers, one scan over repeats: `keys` of their dropout, `own` of what they share."""
+        """All layers, one scan over repeats: `draws` of their dropout, `own` of what they share."""
         c = self.config
         n_place = len(c.pattern)
         carried: Any = (None,) * n_place
         if memory is not None:
             carried = tuple(map(_stack, _split(c, memory)))
-        if keys is not None:
-            keys = keys.reshape(-1, n_place)
+        draws = jax.tree.map(lambda x: x.reshape(-1, n_place, *x.shape[1:]), draws)
 
         variables = tuple(
             {"params": params} | ({"favor": draws} if draws else {})
@@ -203,25 +204,25 @@ class LanguageModel(nn.Module):
             )
         )
 
-        def layer(place, last, x, variables, carried, key):
-            source = None if own is None else Dropout(key, own.rows)
+        def layer(place, last, x, variables, carried, draws):
+            source = None if own is None else Dropout(draws[0], own.rows, draws[1])
             return make_block(c, place).apply(variables, x, carried, shared, source, last)
 
         def repeat(x, inputs, last=None, wrap=lambda layer: layer):
-            variables, carried, keys = inputs
+            variables, carried, draws = inputs
             after = []
             for place in range(n_place):
                 top = last if place == n_place - 1 else None
-                key = None if keys is None else keys[place]
+                drawn = jax.tree.map(lambda x, place=place: x[place], draws)
                 run = wrap(functools.partial(layer, place, top))
-                x, state = run(x, variables[place], carried[place], key)
+                x, state = run(x, variables[place], carried[place], drawn)
                 after.append(state)
             return x, tuple(after)
 
         # In a scan nothing can merge the second computation with the first (prevent_cse).
         keep = jax.checkpoint_policies.save_only_these_names(*KEPT)
         kept = functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
-        inputs = (variables, carried, keys)
+        inputs = (variables, carried, draws)
         if last is None:
             x, carried = jax.lax.scan(functools.partial(repeat, wrap=kept), x, inputs)
         else:

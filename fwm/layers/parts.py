@@ -28,7 +28,7 @@ def norm_init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
 KEPT = ("memory", "mixed", "sum", "inner")
 
 # The places of dropout; each draws masks of its own from the same source.
-ATTENTION_SITE, MIXER_SITE, INNER_SITE, OUTER_SITE, EMBEDDING_SITE, HIDDEN_SITE = range(6)
+ATTENTION_SITE, MIXER_SITE, INNER_SITE, OUTER_SITE, EMBEDDING_SITE, HIDDEN_SITE = SITES = range(6)
 
 
 def attention_dropout(source: Dropout | None, rate: float) -> Callable[[Array], Array] | None:

@@ -25,10 +25,17 @@ class Dropout(NamedTuple):
     Fields:
         key: one key for the whole batch.
         rows: index of each row in the global batch, [B].
+        words: `site_words` of the key and each site, where they were drawn for many layers at once.
     """
 
     key: Key[Array, ""]
     rows: Int[Array | np.ndarray, " B"]
+    words: UInt32[Array, "S 2"] | None = None
+
+
+def site_words(key: Key[Array, ""], site: int | Int[Array, ""]) -> UInt32[Array, "2"]:
+    """What the masks of one site are drawn with."""
+    return jax.random.bits(jax.random.fold_in(key, site), (2,), jnp.uint32)
 
 
 def drop(x: Array, source: Dropout | None, site: int, rate: float) -> Array:
@@ -60,7 +67,7 @@ def keep_scale(rate: float) -> float:
 
 def keep_mask(source: Dropout, site: int, rate: float, shape: tuple[int, ...]) -> Array:
     """The mask of one site for `[B, ...]`: True with probability 1 - rate."""
-    key = jax.random.bits(jax.random.fold_in(source.key, site), (2,), jnp.uint32)
+    key = site_words(source.key, site) if source.words is None else source.words[site]
     size = math.prod(shape[1:])
     counter = jnp.arange(-(-size // 4), dtype=jnp.uint32)[None, :]
     rows = jnp.asarray(source.rows, jnp.uint32)[:, None]

@@ -53,9 +53,10 @@ def unit_inverse_by_halves(s: Float[Array, "*batch C C"]) -> Float[Array, "*batc
     size = s.shape[-1]
     if size <= 16:
         eye = jnp.broadcast_to(jnp.eye(size, dtype=s.dtype), s.shape)
+        # Of the transpose, as the library counts columns first: so no array is transposed.
         return jax.lax.linalg.triangular_solve(
-            s, eye, left_side=True, lower=True, unit_diagonal=True
-        )
+            s.mT, eye, left_side=True, lower=False, unit_diagonal=True
+        ).mT
     if size % 2:
         padded = jnp.pad(s, [(0, 0)] * (s.ndim - 2) + [(0, 1)] * 2)
         return unit_inverse_by_halves(padded)[..., :size, :size]

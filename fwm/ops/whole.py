@@ -245,7 +245,7 @@ def _products(v: Array, weights: Array) -> _Products:
 
 def _lower(size, dtype, diagonal=0):
     """1 in the lower triangle: an array that exists, so that a matmul multiplies what it writes."""
-    return jax.lax.optimization_barrier(jnp.tri(size, k=diagonal, dtype=dtype))[None]
+    return jax.lax.optimization_barrier(jnp.asarray(np.tri(size, k=diagonal), dtype))[None]
 
 
 def _reads(product, q, g, decay):
