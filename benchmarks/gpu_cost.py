@@ -271,13 +271,19 @@ def op(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[Callable, tuple]:
     rule, n_write = {
         "delta": (ops.delta_rule, 1), "head_decay": (decayed, 2), "sum": (ops.sum_rule, 0)
     }[name]  # fmt: skip
+    arguments = (array(b, t, n, k), array(b, t, n, k), array(b, t, n, v), *[per_head] * n_write)
+    return forward_and_backward(rule), (array(b, t, n, v), *arguments)
 
-    def forward_and_backward(dout, *arguments):
+
+def forward_and_backward(rule: Callable) -> Callable:
+    """(gradient of the output, arguments) -> output, gradients."""
+    import jax
+
+    def both(dout, *arguments):
         out, pull = jax.vjp(lambda *x: rule(*x)[0], *arguments)
         return out, pull(dout)
 
-    arguments = (array(b, t, n, k), array(b, t, n, k), array(b, t, n, v), *[per_head] * n_write)
-    return forward_and_backward, (array(b, t, n, v), *arguments)
+    return both
 
 
 def compiled(function: Callable, arguments: tuple, device: str, n: int, donate: bool) -> Any:
@@ -301,6 +307,22 @@ def compiled(function: Callable, arguments: tuple, device: str, n: int, donate: 
     return jitted.lower(*arguments).compile()
 
 
+def described(
+    result: Any, device: str, dtype: str, trips: tuple[float, ...] = ()
+) -> tuple[str, dict]:
+    """What a compiled function costs, in a line and by part."""
+    peaks = DEVICES[device]
+    by = cost(parse(result.as_text()), peaks.bandwidth, getattr(peaks, dtype), trips)
+    total = by.pop("")
+    line = (
+        f"modelled {1e3 * total['seconds']:.2f} ms, {total['launches']:.0f} launches, "
+        f"{total['bytes'] / 1e9:.1f} GB moved, "
+        f"{result.memory_analysis().temp_size_in_bytes / 1e9:.2f} GB temporary, "
+        f"{total['loops']:.0f} data-dependent loops, {total['questions']:.0f} questions"
+    )
+    return line, by
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -318,7 +340,7 @@ def main() -> None:
     parser.add_argument("--hlo", default="", help="write the optimized HLO here")
     a = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    device, trips = DEVICES[a.device], tuple(float(n) for n in a.trips.split(",") if n)
+    trips = tuple(float(n) for n in a.trips.split(",") if n)
     names = [f"{a.op} {a.shape}"] if a.op else a.variants
     if not names:
         parser.error("name variants, such as linear_delta, or --op.")
@@ -331,18 +353,10 @@ def main() -> None:
             function, arguments = make(name, a.preset, a.dtype, a.rows)
         train = not (a.op or a.evaluate)
         result = compiled(function, arguments, a.device, a.devices, donate=train)
-        text, memory = result.as_text(), result.memory_analysis()
         if a.hlo:
-            Path(a.hlo).write_text(text)
-        by = cost(parse(text), device.bandwidth, getattr(device, a.dtype), trips)
-        total = by.pop("")
-        print(
-            f"{name} {a.dtype} on {a.devices} x {a.device}: modelled {1e3 * total['seconds']:.2f} "
-            f"ms, {total['launches']:.0f} launches, {total['bytes'] / 1e9:.1f} GB moved, "
-            f"{memory.temp_size_in_bytes / 1e9:.2f} GB temporary, "
-            f"{total['loops']:.0f} data-dependent loops, {total['questions']:.0f} questions",
-            flush=True,
-        )
+            Path(a.hlo).write_text(result.as_text())
+        line, by = described(result, a.device, a.dtype, trips)
+        print(f"{name} {a.dtype} on {a.devices} x {a.device}: {line}", flush=True)
         for part, c in sorted(by.items(), key=lambda x: -x[1]["seconds"]) if a.by else ():
             print(
                 f"  {part:24s} {1e3 * c['seconds']:7.2f} ms {c['launches']:7.0f} launches "

@@ -279,14 +279,14 @@ def _add_lse(group: _Group, by: _Sorted, h, table, bias, lse: Array) -> Array:
 # Compiled as a whole also where the caller does not compile: loop by loop it takes twice as long.
 @partial(jax.jit, static_argnums=(0, 1))
 def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_bias, targets):
-    """nll [N], and the log-sum-exp of the head and of each token's own tail cluster, sorted."""
+    """nll [N]; of sorted tokens the log-sum-exp of head and own tail, and the target's logit."""
     groups = _groups(clusters, blocks, targets.size)
     by = _by_cluster(clusters, groups, targets)
     hs = [by.sort(h) for h in hiddens]
     columns = _logits(hs[0], cluster_weight, cluster_bias)
     empty = vary(jnp.full(by.which.shape, -jnp.inf), hs)
     lse = {"head": reduce(jnp.logaddexp, columns.T, empty), "tail": empty}
-    chosen = jnp.zeros(by.which.shape)
+    chosen = own = jnp.zeros(by.which.shape)
     for i in range(1, len(clusters)):
         chosen = jnp.where(by.which == i, columns[:, -i], chosen)
     for group in groups:
@@ -296,10 +296,11 @@ def _forward(clusters, blocks, hiddens, tables, biases, cluster_weight, cluster_
         mine = jnp.any(by.which[:, None] == members[None, :], axis=1)
         row = jnp.where(mine, by.spans[by.which, 1] + by.word, 0)
         logit = _dot("td,td->t", h, table[row].astype(h.dtype)) + bias[row]
-        chosen = chosen + jnp.where(mine, logit, 0)
-    nll = lse["head"] + jnp.where(by.which > 0, lse["tail"], 0) - chosen
+        own = own + jnp.where(mine, logit, 0)
+    nll = lse["head"] + jnp.where(by.which > 0, lse["tail"], 0) - (chosen + own)
     # Without the padding, whose size differs between platforms.
-    return by.unsort(nll), {kind: x[: by.total] for kind, x in lse.items()}
+    lse = {kind: x[: by.total] for kind, x in lse.items()}
+    return by.unsort(nll), (lse, own[: by.total])
 
 
 def _blocks() -> _Blocks:
@@ -321,11 +322,23 @@ def _nll(clusters, *arguments):
 
 
 def _nll_fwd(clusters, *arguments):
-    nll, lse = _forward(clusters, _blocks(), *arguments)
-    return nll, (arguments, lse)
+    nll, kept = _forward(clusters, _blocks(), *arguments)
+    return nll, (arguments, *kept)
 
 
-def _add_gradients(group: _Group, by: _Sorted, h, table, bias, g, lse, gradients):
+def _d_logits(h, w, b, hit, lse, g, own, new):
+    """g (softmax - onehot), written by the matmul that makes the logits, in the dtype of h.
+
+    It is where it reads arrays that exist, one after the other: so the target's comes from its
+    logit, `own`, and not from softmax - 1.
+    """
+    d_hit = g * jnp.minimum(jnp.exp(own - lse) - 1, 0)
+    arrays = hit, lse, g, d_hit, b, new.astype(jnp.float32)[None, :]
+    hit, lse, g, d_hit, b, new = lax.optimization_barrier(arrays)
+    return (jnp.where(hit, d_hit, jnp.exp(_logits(h, w, b) - lse) * g) * new).astype(h.dtype)
+
+
+def _add_gradients(group: _Group, by: _Sorted, h, table, bias, g, lse, own, gradients):
     """Add the group's part to the gradients of its hidden states, table and bias, in place.
 
     d logit = g (softmax - onehot), with the logits of each block computed again.
@@ -345,14 +358,20 @@ def _add_gradients(group: _Group, by: _Sorted, h, table, bias, g, lse, gradients
 
             def tokens(begin, size, carry):
                 d_h, d_w, d_b = carry
-                h_b = _rows(h, begin, size)
-                p = jnp.exp(_logits(h_b, w, b) - _rows(lse_c, begin, size)[:, None])
-                hit = _rows(word, begin, size)[:, None] == index[None, :]
-                d = _rows(g_c, begin, size)[:, None] * (p - hit.astype(p.dtype))
-                d = jnp.where(new[None, :], d, 0)
-                d_b = d_b + d.sum(0)
-                d = d.astype(h.dtype)
-                d_w = d_w + _dot("tv,td->vd", d, h_b)
+                h_b, at = _rows(h, begin, size), lambda x: _rows(x, begin, size)[:, None]
+                hit = at(word) == index[None, :]
+                if group.fixed:
+                    d = _d_logits(h_b, w, b, hit, at(lse_c), at(g_c), at(own), new)
+                    # The bias as one more feature of h (eight more, for the alignment).
+                    ones = jnp.zeros((size, 8), h.dtype).at[:, 0].set(1)
+                    both = _dot("tv,td->vd", d, jnp.concatenate([h_b, ones], axis=1))
+                    d_w, d_b = d_w + both[:, :-8], d_b + both[:, -8]
+                else:
+                    p = jnp.exp(_logits(h_b, w, b) - at(lse_c))
+                    d = jnp.where(new[None, :], at(g_c) * (p - hit.astype(p.dtype)), 0)
+                    d_b = d_b + d.sum(0)
+                    d = d.astype(h.dtype)
+                    d_w = d_w + _dot("tv,td->vd", d, h_b)
                 d_h = _put(d_h, _rows(d_h, begin, size) + _dot("tv,vd->td", d, w), begin)
                 return d_h, d_w, d_b
 
@@ -371,12 +390,14 @@ def _nll_bwd(clusters, saved, g):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _backward(clusters, blocks, saved, g):
-    (hiddens, tables, biases, cluster_weight, cluster_bias, targets), lse = saved
+    (hiddens, tables, biases, cluster_weight, cluster_bias, targets), lse, own = saved
+    hiddens = lax.optimization_barrier(hiddens)  # else XLA would keep logits of the forward pass
     groups = _groups(clusters, blocks, targets.size)
     by = _by_cluster(clusters, groups, targets)
     g, hs = by.sort(g), [by.sort(h) for h in hiddens]
     beyond = by.which.size - by.total
     lse = {k: jnp.pad(x, (0, beyond), constant_values=jnp.inf) for k, x in lse.items()}
+    own = jnp.pad(own, (0, beyond))
     zeros = lambda x: vary(jnp.zeros(x.shape, jnp.float32), hs)
     d_hs, d_tables, d_biases = ([zeros(x) for x in part] for part in (hs, tables, biases))
 
@@ -393,7 +414,7 @@ def _backward(clusters, blocks, saved, g):
         j, i = group.clusters[0][1][:2]
         gradients = d_hs[i], d_tables[j], d_biases[j]
         d_hs[i], d_tables[j], d_biases[j] = _add_gradients(
-            group, by, hs[i], tables[j], biases[j], g, lse[group.kind], gradients
+            group, by, hs[i], tables[j], biases[j], g, lse[group.kind], own, gradients
         )
     d_hiddens = tuple(by.unsort(d).astype(h.dtype) for d, h in zip(d_hs, hiddens, strict=True))
     return d_hiddens, tuple(d_tables), tuple(d_biases), d_cluster_weight, d_cluster_bias
