@@ -376,6 +376,8 @@ def _add_gradients(group: _Group, by: _Sorted, h, table, bias, g, lse, own, grad
                 return d_h, d_w, d_b
 
             block = d_h, _rows(d_table, row, new.size), _rows(d_bias, row, new.size)
+            if group.fixed and new.size == span.size:  # its rows are still zeros
+                block = d_h, *vary(jax.tree.map(jnp.zeros_like, block[1:]), h)
             d_h, d_w, d_b = group.over_tokens(by, span, tokens, block)
             return d_h, _put(d_table, d_w, row), _put(d_bias, d_b, row)
 
