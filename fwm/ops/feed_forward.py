@@ -115,7 +115,11 @@ def _recomputed_backward(scale, residuals, dout):
         jnp.einsum, "md,mf->df", preferred_element_type=np.promote_types(np.float32, x.dtype)
     )
     y = _unscaled(x, keep, w_1, b_1)
-    through, scaled = jax.lax.optimization_barrier(y > 0), dout * jnp.asarray(scale, x.dtype)
+    # In 16 bits the matmul of an x that XLA takes for another one writes the gate sooner than y is
+    # read for it.
+    again = jax.lax.optimization_barrier(x) if x.dtype.itemsize == 2 else x
+    through = jax.lax.optimization_barrier(_unscaled(again, keep, w_1, b_1) > 0)
+    scaled = dout * jnp.asarray(scale, x.dtype)
     dy = masked(_wide_product(scaled, w_2.T), through, 1.0).astype(x.dtype)
     # The bias as one more feature, which is 1 (eight more, for the alignment): no pass of its own.
     ones = jnp.zeros((len(x), 8), x.dtype).at[:, 0].set(1)
