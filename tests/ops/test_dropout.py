@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 
-from fwm.ops.dropout import Dropout, drop, keep_mask, threefry
+from fwm.ops.dropout import Dropout, drop, keep_mask, site_words, threefry
 
 ROWS = Dropout(jax.random.key(5), jnp.arange(4))
 masked = jax.jit(drop, static_argnums=(2, 3))
@@ -40,6 +40,8 @@ def test_dropout_masks_belong_to_the_row_of_the_global_batch_and_to_the_site():
     half = masked(x[:2], Dropout(ROWS.key, jnp.array([2, 3])), 1, 0.5)
     np.testing.assert_array_equal(whole[2:], half)
     assert (masked(x, ROWS, 2, 0.5) != whole).any()
+    words = jax.vmap(site_words, (None, 0))(ROWS.key, jnp.arange(3))
+    np.testing.assert_array_equal(masked(x, ROWS._replace(words=words), 1, 0.5), whole)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
