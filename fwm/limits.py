@@ -21,16 +21,23 @@ _short.maxstring = _short.maxother = 80
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Values that are `expected`, a noun for a sentence: those that `fits` is true of."""
+    """Values that are `expected`, a noun for a sentence: those that `fits` is true of.
+
+    `at_most`: a limit that is of no use but to who is beyond it, and is told then only.
+    """
 
     expected: str
     fits: Callable[[Any], bool]
+    at_most: int | None = None
 
     def check(self, name: str, value: Any) -> None:
         """Raise `UserError` unless `value` is of this kind."""
         if not self.fits(value):
             got = _short.repr(value).replace("\n", " ")
-            raise UserError(f"{name} must be {self.expected}, got {got}.")
+            limit = ""
+            if self.at_most and isinstance(value, numbers.Integral) and int(value) > self.at_most:
+                limit = f" and at most {self.at_most}"
+            raise UserError(f"{name} must be {self.expected}{limit}, got {got}.")
 
 
 def whole(low: int, high: int = INT32) -> Kind:
@@ -39,6 +46,7 @@ def whole(low: int, high: int = INT32) -> Kind:
     return Kind(
         f"a whole number of at least {low}{upper}",
         lambda x: isinstance(x, numbers.Integral) and type(x) is not bool and low <= int(x) <= high,
+        at_most=None if upper else high,
     )
 
 

@@ -85,6 +85,7 @@ COMMAND_LINES = {
     "--config.init_checkpoint=first": "init_checkpoint must be best, latest or the number of a st",
     "--config.train.tgt_len=0": "config.train.tgt_len must be a whole number of at least 1, got 0",
     "--config.train.max_step=0": "train.max_step must be a whole number of at least 1, got 0",
+    "--config.train.max_step=2147483648": "at least 1 and at most 2147483647, got 2147483648",
     "--config.model.d_inner=2000000000": "need .* GiB, and there are .*model's sizes smaller",
     "--config.train.tgt_len=1000": "has 140 tokens, but batch_size 4 rows of tgt_len 1000",
     "--config.data.dir=/nowhere": "There is no folder /nowhere",
