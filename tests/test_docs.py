@@ -16,6 +16,7 @@ import pytest
 from program import SIZES, call, parsed, write_text
 
 import main
+from fwm.config import build_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -111,7 +112,15 @@ def test_commands_run(small, tmp_path, monkeypatch):
                 execute(arguments, *small)
     monkeypatch.chdir(ROOT)
     for arguments in later:  # what an example registers would end what is shared
-        parsed(*arguments)
+        config = parsed(*arguments)
+        if not any(a.startswith("--mode=") for a in arguments):
+            is_a_model(config)
+
+
+def is_a_model(config):
+    """At the size that a command says, with a large vocabulary."""
+    build_config(config.model.to_dict(), n_token=300_000)
+    main.default_workdir(config)
 
 
 # What is run by test_distributed.py, test_retrieval.py, reporting/test_sinks.py, test_examples.py.
@@ -145,6 +154,7 @@ def execute(arguments, folder, settings):
         names = [name for name in settings if f"config.{name}" not in own]
         if "config.data.file" in own:
             names.remove("data.dir")
+        is_a_model(parsed(*arguments))
     else:
         names = ["data.dir", "data.cache_dir"] if mode in TEXTS else []
         if mode == "export":
