@@ -15,6 +15,8 @@ import importlib.util
 import os
 import sys
 
+from benchmarks import gpu_cost
+
 SHAPES = (
     "96x256x8x16x16", "96x256x8x64x16", "56x384x8x32x32", "8x2048x16x128x128",
 )  # fmt: skip
@@ -36,8 +38,6 @@ def rules() -> dict:
 
 def compile_for(device: str, shape: tuple[int, ...], dtype: str) -> None:
     """A line of each rule."""
-    from benchmarks import gpu_cost
-
     for name, rule in rules().items():
         _, arguments = gpu_cost.op("delta", dtype, shape)
         both = gpu_cost.forward_and_backward(rule)
@@ -50,7 +50,7 @@ def time_here(shape: tuple[int, ...], dtype: str, rounds: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from benchmarks import common, gpu_cost
+    from benchmarks import common
     from fwm.ops.feature_maps import l2_normalize
 
     b, t, n, n_key, n_value = shape
@@ -77,7 +77,7 @@ def time_here(shape: tuple[int, ...], dtype: str, rounds: int) -> None:
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("h100", "a100", "v100"), help="compiled, not run")
+    parser.add_argument("--device", choices=gpu_cost.DEVICES, help="compiled, not run")
     parser.add_argument("--shapes", nargs="*", help="B x T x N x K x V")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=11)

@@ -198,8 +198,8 @@ class LanguageModel(nn.Module):
         draws = jax.tree.map(lambda x: x.reshape(-1, n_place, *x.shape[1:]), draws)
 
         variables = tuple(
-            {"params": params} | ({"favor": draws} if draws else {})
-            for params, draws in zip(
+            {"params": params} | ({"favor": favor} if favor else {})
+            for params, favor in zip(
                 _places(c, self.layer_params), _places(c, self.layer_draws), strict=True
             )
         )
