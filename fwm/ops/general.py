@@ -47,7 +47,7 @@ def rule(switches: Switches) -> Rule:
     return Rule(
         step=partial(recurrent.general_step, switches),
         inputs=tuple(Input(name, lambda x: x) for name, present in names if present),
-        chunked=_chunked(update, n_chunk=2 if switches.decay else 1),
+        chunked=_chunked(update),
     )
 
 
@@ -117,12 +117,14 @@ def composed(inputs: tuple[Input, ...], update: Callable[..., Update], **fields:
     return Rule(step, inputs, chunked=_chunked(of_chunk), update=update, **fields)
 
 
-def _chunked(update, n_chunk=1):
-    # With a decay two chunks a group: XLA's CPU backend splits an operation among cores only where
-    # it reads and writes half a MiB, and what multiplies by the decays is many small operations.
+def _chunked(update):
     parts = partial(_parts, update)
     return Chunked(
-        partial(_forward, parts), partial(_backward, parts), cpu_cut=lambda n_value: (32, n_chunk)
+        partial(_forward, parts),
+        partial(_backward, parts),
+        # Two chunks a group: what multiplies by decays is many small operations, which XLA's CPU
+        # backend splits among cores only where they are large enough.
+        cpu_cut=lambda n_value: (32, 2),
     )
 
 
